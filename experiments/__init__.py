@@ -1,0 +1,1 @@
+"""The laboratory around `lm`: studies, tracking, figures, serving."""

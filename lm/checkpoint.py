@@ -1,0 +1,175 @@
+"""A training state on disk: a folder of safetensors and JSON, complete or not there at all. No pickle.
+
+    config.json           format version, every hyperparameter, progress, digests of the other files
+    vocab.json            the vocabulary
+    model.safetensors     weights
+    optimizer.safetensors moments of Adam (in `last`, not in `best`)
+
+It needs neither MLflow nor the corpus to be read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lm.config import Config
+from lm.errors import UserError
+from lm.model import Decoder
+from lm.optim import build_optimizer
+from lm.vocab import Vocab
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class TrainState:
+    """All that training changes; the order of batches and the dropout follow from seed and epoch."""
+
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    epochs_done: int = 0
+    steps_done: int = 0
+    best_nll: float = float("inf")
+    best_epoch: int = -1
+
+    @classmethod
+    def new(cls, config: Config, vocab_size: int, device: torch.device) -> TrainState:
+        """A model with weights drawn from torch's current seed, and its optimiser."""
+        model = Decoder(config.model, vocab_size).to(device)
+        return cls(model, build_optimizer(model, config.train))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds, read and checked."""
+
+    config: Config
+    vocab: Vocab
+    state: TrainState
+    corpus_digest: str
+
+
+def save(
+    folder: Path,
+    config: Config,
+    vocab: Vocab,
+    state: TrainState,
+    corpus_digest: str,
+    with_optimizer: bool = True,
+) -> None:
+    """Write a checkpoint in place of the one at `folder`.
+
+    The new one is written beside it and renamed, so a killed process leaves the old or the new one whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        weights = {k: v for k, v in state.model.state_dict().items() if not _is_tied(state.model, k)}
+        save_file(weights, draft / "model.safetensors")
+        if with_optimizer:
+            save_file(_optimizer_tensors(state.optimizer), draft / "optimizer.safetensors")
+        (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
+        about = {
+            "format_version": FORMAT_VERSION,
+            "config": config.flat(),
+            "corpus_digest": corpus_digest,
+            "epochs_done": state.epochs_done,
+            "steps_done": state.steps_done,
+            "best_nll": state.best_nll,
+            "best_epoch": state.best_epoch,
+            "sha256": {p.name: _sha256(p) for p in sorted(draft.iterdir())},
+        }
+        (draft / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        draft.chmod(0o755)
+        old = _retired(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
+    """Read a checkpoint and check every file against its digest.
+
+    Args:
+        device: where the weights go; the CPU by default.
+
+    Raises:
+        UserError: nothing there, a file cut short or changed, or a format of another version.
+    """
+    if not folder.exists() and _retired(folder).exists():
+        folder = _retired(folder)  # the process died between the two renames of `save`
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"a checkpoint must be a folder with config.json: got {folder}. Try a run's last or best."
+        )
+    try:
+        about: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        version = about["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"a checkpoint must have format {FORMAT_VERSION}: got {version} in {folder}. "
+                "Try the version of this project that wrote it."
+            )
+        for name, digest in about["sha256"].items():
+            if _sha256(folder / name) != digest:
+                raise UserError(
+                    f"a checkpoint's files must be as they were written: got a damaged {name} in {folder}. "
+                    "Try the run's other checkpoint (last or best)."
+                )
+        config = Config.from_flat(about["config"])
+        vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
+        state = TrainState.new(config, len(vocab), device or torch.device("cpu"))
+        weights = load_file(folder / "model.safetensors")
+        if config.model.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        state.model.load_state_dict(weights)
+        if (folder / "optimizer.safetensors").exists():
+            _restore(state.optimizer, load_file(folder / "optimizer.safetensors"))
+        state.epochs_done, state.steps_done = about["epochs_done"], about["steps_done"]
+        state.best_nll, state.best_epoch = about["best_nll"], about["best_epoch"]
+    except (json.JSONDecodeError, KeyError, TypeError, OSError, UnicodeDecodeError) as e:
+        raise UserError(
+            f"a checkpoint must be complete: got {type(e).__name__} ({e}) in {folder}. "
+            "Try the run's other checkpoint (last or best)."
+        ) from e
+    return Checkpoint(config, vocab, state, about["corpus_digest"])
+
+
+def _retired(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _is_tied(model: Decoder, name: str) -> bool:
+    return name == "head.weight" and model.head.weight is model.embedding.weight
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, moments in state.items() for name, value in moments.items()}
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        i, name = key.split(".", 1)
+        state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

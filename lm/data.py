@@ -1,0 +1,423 @@
+"""Corpus to records, ids and batches. The only place that imports `datasets`; knows no model.
+
+A corpus is a list of records (question and answer joined) for each split; a split's records are one text.
+Windows of a split are cut from that split's ids alone, one after another, so no window can reach into
+another split and no token is a target twice.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+import random
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lm.config import DataConfig
+from lm.errors import UserError
+from lm.vocab import Vocab
+
+SPLITS = ("train", "validation", "test")
+WIKIQA = "microsoft/wiki_qa"
+WIKIQA_RECORDS = {"train": 20_360, "validation": 2_733, "test": 6_165}
+_RELEASE_NAMES = {"train": "train", "validation": "dev", "test": "test"}
+_HUB_SECONDS = 2.0
+_CACHE_FORMAT = 1
+
+Records = dict[str, list[str]]
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The records of each split, with a digest of every one of them."""
+
+    name: str
+    source: str
+    splits: Records
+    digest: str
+
+    def describe(self) -> str:
+        """One line: name, size of each split, digest, source."""
+        sizes = ", ".join(f"{len(self.splits[s]):,} {s}" for s in SPLITS)
+        return f"corpus {self.name}: {sizes} records, digest {self.digest[:8]}, from {self.source}"
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """Memory-mapped ids of each split, and the vocabulary (built from train alone)."""
+
+    vocab: Vocab
+    ids: dict[str, Ids]
+
+    def windows(self, split: str, seq_len: int) -> Windows:
+        """Windows of one split.
+
+        Raises:
+            UserError: the split has too few tokens for a single target.
+        """
+        n = len(self.ids[split])
+        least = seq_len + 1 if split == "train" else 2
+        if n < least:
+            raise UserError(
+                f"the {split} split must hold at least {least} tokens for seq_len={seq_len}: got {n}. "
+                "Try a larger corpus or a smaller --seq-len."
+            )
+        return Windows(self.ids[split], seq_len)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Consecutive windows of `seq_len` tokens; targets are the inputs shifted by one."""
+
+    ids: Ids
+    seq_len: int
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that are predicted in one pass: all but the first."""
+        return len(self.ids) - 1
+
+    @property
+    def n_full(self) -> int:
+        """Windows of full length."""
+        return self.n_targets // self.seq_len
+
+    def n_batches(self, batch_size: int, tail: bool) -> int:
+        """Batches in one pass; `tail` counts the last, shorter window as one of its own."""
+        return -(-self.n_full // batch_size) + (tail and self.n_targets % self.seq_len > 0)
+
+    def shuffled(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One training pass: full windows in an order drawn from `seed`; the shorter last window is left out.
+
+        Yields:
+            inputs and targets [B, T], int64; the last batch may have fewer windows.
+        """
+        order = np.random.default_rng(seed).permutation(self.n_full)
+        inputs, targets = self._full()
+        for i in range(0, len(order), batch_size):
+            rows = np.sort(order[i : i + batch_size])
+            yield _tensor(inputs[rows]), _tensor(targets[rows])
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One evaluation pass: every target exactly once, the last window as short as it is.
+
+        Yields:
+            inputs and targets [B, T], int64.
+        """
+        inputs, targets = self._full()
+        for i in range(0, self.n_full, batch_size):
+            yield _tensor(inputs[i : i + batch_size]), _tensor(targets[i : i + batch_size])
+        done = self.n_full * self.seq_len
+        if done < self.n_targets:
+            yield _tensor(self.ids[None, done:-1]), _tensor(self.ids[None, done + 1 :])
+
+    def _full(self) -> tuple[Ids, Ids]:
+        n = self.n_full * self.seq_len
+        return self.ids[:n].reshape(-1, self.seq_len), self.ids[1 : n + 1].reshape(-1, self.seq_len)
+
+
+def _tensor(ids: Ids) -> Tensor:
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def load_corpus(
+    config: DataConfig, cache_dir: Path, wikiqa_dir: Path | None = None, wikiqa_revision: str = "main"
+) -> Corpus:
+    """Read the corpus that `config.corpus` names.
+
+    Args:
+        config: which text, and how to split one that has no splits of its own.
+        cache_dir: where `datasets` keeps what it has parsed.
+        wikiqa_dir: folder of the WikiQA release (.tsv, .tsv.gz or .parquet), if there is one.
+        wikiqa_revision: branch, tag or commit of the hub's copy; a commit is what the source then names.
+
+    Raises:
+        UserError: no such corpus, a missing column, a file that is not text, a split without records.
+    """
+    name = config.corpus
+    if name == "auto":
+        name = "wikiqa" if wikiqa_dir is not None or _wikiqa_cached() or _hub_reachable() else "sample"
+    if name == "wikiqa":
+        source, splits = (
+            _wikiqa_release(wikiqa_dir, cache_dir) if wikiqa_dir else _wikiqa_hub(wikiqa_revision)
+        )
+    elif name == "sample":
+        source, splits = "the package chatterbot-corpus (English)", _split_by_key(_sample_pairs(), config)
+    else:
+        path = Path(name).expanduser()
+        source, splits = str(path), _split_by_key(_file_pairs(path, config, cache_dir), config)
+        name = path.stem.split(".")[0] or "file"
+    for split in SPLITS:
+        if not splits[split] and not (split == "test" and config.test_fraction == 0):
+            raise UserError(
+                f"corpus must have records in each split: got none in {split} of {source}. "
+                "Try a larger corpus, or other --validation-fraction and --test-fraction."
+            )
+    return Corpus(name, source, splits, _digest(splits))
+
+
+def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path) -> TokenizedCorpus:
+    """Build the vocabulary from train and encode each split, or take both from the cache.
+
+    The cache's key is the corpus digest with every setting of the tokenizer; a cache written by a process
+    that died is never seen, since the folder is renamed into place when complete.
+    """
+    settings = {
+        "format": _CACHE_FORMAT,
+        "corpus": corpus.digest,
+        "tokenizer": config.tokenizer,
+        "min_count": config.min_count,
+    }
+    if config.tokenizer == "bpe":
+        settings["bpe_vocab_size"] = config.bpe_vocab_size
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_dir / f"tokens-{key}"
+    if not folder.exists():
+        _write_cache(folder, corpus, config)
+    vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
+    ids = {s: cast(Ids, np.load(folder / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
+    return TokenizedCorpus(vocab, ids)
+
+
+def _write_cache(folder: Path, corpus: Corpus, config: DataConfig) -> None:
+    vocab = Vocab.build(corpus.splits["train"], config.tokenizer, config.min_count, config.bpe_vocab_size)
+    dtype = np.uint16 if len(vocab) <= 2**16 else np.uint32
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+    try:
+        (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
+        for split in SPLITS:
+            encoded = vocab.encode_batch([record + "\n" for record in corpus.splits[split]])
+            flat = [np.asarray(ids, dtype) for ids in encoded]
+            np.save(draft / f"{split}.npy", np.concatenate(flat) if flat else np.empty(0, dtype))
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():  # another process may have put the same content there first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _digest(splits: Records) -> str:
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for record in splits[split]:
+            digest.update(f"{split}\t{record}\n".encode())
+    return digest.hexdigest()
+
+
+def _join(question: Any, answer: Any) -> str:
+    return " ".join(f"{question} {answer}".split())
+
+
+def _split_by_key(pairs: Sequence[tuple[str, str]], config: DataConfig) -> Records:
+    """Deal records to splits by their key (the question), so that no key is on two sides.
+
+    Args:
+        pairs: key and record text, in the order of the corpus, which each split keeps.
+    """
+    keys = sorted({key for key, _ in pairs})
+    random.Random(config.split_seed).shuffle(keys)
+    n_validation = max(1, round(len(keys) * config.validation_fraction)) if keys else 0
+    n_test = round(len(keys) * config.test_fraction)
+    side = dict.fromkeys(keys, "train")
+    side.update(dict.fromkeys(keys[:n_validation], "validation"))
+    side.update(dict.fromkeys(keys[n_validation : n_validation + n_test], "test"))
+    splits: Records = {s: [] for s in SPLITS}
+    for key, record in pairs:
+        splits[side[key]].append(record)
+    return splits
+
+
+def _sample_pairs() -> list[tuple[str, str]]:
+    """Consecutive turns of the conversations in chatterbot-corpus; entries that are not text are left out."""
+    import yaml
+
+    spec = importlib.util.find_spec("chatterbot_corpus")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "corpus sample must have its package: got no chatterbot-corpus. Try pip install chatterbot-corpus."
+        )
+    pairs: list[tuple[str, str]] = []
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for file in sorted((Path(spec.origin).parent / "data" / "english").glob("*.yml")):
+        for turns in yaml.load(file.read_text(encoding="utf-8"), loader)["conversations"]:
+            for question, answer in zip(turns, turns[1:], strict=False):
+                if isinstance(question, str) and isinstance(answer, str):
+                    pairs.append((question.strip().lower(), _join(question, answer)))
+    return pairs
+
+
+def _read_table(kind: str, files: dict[str, str] | str, cache_dir: Path, **options: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(kind, data_files=files, cache_dir=str(cache_dir / "datasets"), **options)
+
+
+def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[str, str]]:
+    """Records of one file: question and answer columns of a table, or the paragraphs of a plain text."""
+    if not path.is_file():
+        raise UserError(
+            f"corpus must be wikiqa, sample, auto or an existing file: got {config.corpus}. Try --corpus sample."
+        )
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    suffix = suffixes[-1].lower() if suffixes else ""
+    if path.stat().st_size == 0:
+        raise UserError(f"corpus must hold text: got the empty file {path}. Try --corpus sample.")
+    if suffix != ".parquet" and path.suffix != ".gz":
+        _require_text(path)
+    if suffix not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        text = path.read_text(encoding="utf-8")
+        parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
+        records = [r for r in (" ".join(p.split()) for p in parts) if r]
+        if not records:
+            raise UserError(f"corpus must hold text: got only white space in {path}. Try --corpus sample.")
+        return [(r.lower(), r) for r in records]
+    kind = {".tsv": "csv", ".jsonl": "json"}.get(suffix, suffix[1:])
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        options = {"keep_default_na": False, "dtype": str}
+    if suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        table = _read_table(kind, str(path), cache_dir, split="train", **options)
+    except OSError:
+        raise
+    except Exception as e:
+        cause = str(e.__cause__ or e).splitlines()[0][:150]
+        raise UserError(
+            f"corpus must be readable as {suffix[1:]}: got {path} ({cause}). Try a plain .txt file."
+        ) from e
+    question, answer = config.question_column, config.answer_column
+    for flag, column in (("question", question), ("answer", answer)):
+        if column not in table.column_names:
+            raise UserError(
+                f"{flag}_column must be a column of {path.name}: got {column!r}, "
+                f"the file has {', '.join(table.column_names)}. Try --{flag}-column {table.column_names[0]}."
+            )
+    rows = zip(table[question], table[answer], strict=True)
+    pairs = [(str(q).strip().lower(), _join(q, a)) for q, a in rows if q is not None and a is not None]
+    pairs = [pair for pair in pairs if pair[1]]
+    if not pairs:
+        raise UserError(f"corpus must have at least one record: got none in {path}. Try --corpus sample.")
+    return pairs
+
+
+def _require_text(path: Path) -> None:
+    with path.open("rb") as f:
+        head = f.read(1 << 20)
+    try:
+        if b"\0" in head:
+            raise UnicodeDecodeError("utf-8", b"", 0, 1, "NUL byte")
+        head.decode("utf-8") if len(head) < 1 << 20 else head[:-4].decode("utf-8", errors="strict")
+    except UnicodeDecodeError as e:
+        if e.reason == "unexpected end of data":
+            return
+        raise UserError(
+            f"corpus must be UTF-8 text: got {path} ({e.reason} at byte {e.start}). Try converting it with iconv."
+        ) from e
+
+
+def _wikiqa_release(folder: Path, cache_dir: Path) -> tuple[str, Records]:
+    """The release's files: WikiQA-train.tsv and its like, packed or not, or the hub's parquet files."""
+    if not folder.is_dir():
+        raise UserError(f"LM_WIKIQA_DIR must be a folder: got {folder}. Try --corpus sample.")
+    files: dict[str, str] = {}
+    for split in SPLITS:
+        release = _RELEASE_NAMES[split]
+        patterns = (
+            f"WikiQA-{release}.tsv",
+            f"WikiQA-{release}.tsv.gz",
+            f"{split}*.parquet",
+            f"{release}*.parquet",
+        )
+        found = next((p for pattern in patterns for p in sorted(folder.glob(pattern))), None)
+        if found is None:
+            raise UserError(
+                f"LM_WIKIQA_DIR must hold each split of the release: got no {patterns[0]} (or .gz, .parquet) in "
+                f"{folder}. Try --corpus sample."
+            )
+        files[split] = str(found)
+    if files["train"].endswith(".parquet"):
+        table = _read_table("parquet", files, cache_dir)
+        return f"the release in {folder}", _wikiqa_records(table, "question", "answer")
+    options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "dtype": str}
+    table = _read_table("csv", files, cache_dir, **options)
+    return f"the release in {folder}", _wikiqa_records(table, "Question", "Sentence")
+
+
+def _wikiqa_hub(revision: str) -> tuple[str, Records]:
+    """The hub's copy. Its revision is resolved to a commit, which is part of the source that a run logs."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        if not _wikiqa_cached():
+            revision = str(HfApi().dataset_info(WIKIQA, revision=revision).sha)
+        datasets.disable_progress_bars()
+        table = datasets.load_dataset(WIKIQA, revision=revision)
+    except Exception as e:
+        raise UserError(
+            f"corpus wikiqa must be in LM_WIKIQA_DIR, in the local cache or on the hub: got {type(e).__name__} "
+            f"from the hub. Try --corpus sample."
+        ) from e
+    return f"hub {WIKIQA}@{revision}", _wikiqa_records(table, "question", "answer")
+
+
+def _wikiqa_records(table: Any, question: str, answer: str) -> Records:
+    splits = {
+        s: [_join(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS
+    }
+    sizes = {s: len(splits[s]) for s in SPLITS}
+    if sizes != WIKIQA_RECORDS:
+        raise UserError(
+            f"WikiQA must have {WIKIQA_RECORDS} records: got {sizes}. Try a fresh copy, or --corpus with its file."
+        )
+    return splits
+
+
+def _wikiqa_cached() -> bool:
+    from huggingface_hub import constants
+
+    parsed = Path(constants.HF_HOME) / "datasets" / WIKIQA.replace("/", "___")
+    return (
+        parsed.is_dir() or (Path(constants.HF_HUB_CACHE) / f"datasets--{WIKIQA.replace('/', '--')}").is_dir()
+    )
+
+
+def _hub_reachable() -> bool:
+    """Whether the hub takes a connection; decided within about two seconds, also where names do not resolve."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    reached = threading.Event()
+
+    def connect() -> None:
+        url = urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((url.hostname or "", url.port or 443), timeout=_HUB_SECONDS).close()
+        except OSError:
+            return
+        reached.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    return reached.is_set()

@@ -1,0 +1,12 @@
+"""Errors a person can act on: each message is one line of rule, value and remedy.
+
+Programs print the line and exit 2. Our own mistakes are asserts and ordinary exceptions, with a traceback.
+"""
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done as asked; the message says why and what would work."""
+
+
+class DivergedError(RuntimeError):
+    """Training met a loss or a gradient that is not finite, and stopped before it could be averaged away."""

@@ -1,0 +1,201 @@
+"""The whole decoder in one file; it needs nothing but torch, and fits in a notebook.
+
+Each layer is `torch.nn.TransformerEncoderLayer` with a causal mask: a language model has no memory to attend to.
+
+Shape suffixes: B batch, T query position, S key position, D model width, H heads, K head width,
+F feed-forward width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lm.config import ModelConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated to the window.
+
+    `keys` and `values` are [L, B, H, seq_len, K]; the first `length` positions are filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+
+def sinusoidal_positions(seq_len: int, d_model: int) -> Tensor:
+    """[seq_len, d_model]: sin and cos interleaved (Vaswani et al. 2017, section 3.5)."""
+    position = torch.arange(seq_len, dtype=torch.float32)[:, None]
+    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10000.0) / d_model))
+    table = torch.empty(seq_len, d_model)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency)
+    return table
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and those before it."""
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim, self.dropout = n_heads, d_model // n_heads, dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+        # As torch.nn.MultiheadAttention starts: Glorot for the stacked projection, biases at 0.
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self, x_BTD: Tensor, return_attention: bool = False, cache: KVCache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix values by attention.
+
+        Returns:
+            [B, T, D], and the weights [B, H, T, S] where `return_attention` asks for them (before dropout).
+        """
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q_BHTK, k_BHSK, v_BHSK = qkv.unbind(0)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            cache.keys[layer, :, :, past : past + T] = k_BHSK
+            cache.values[layer, :, :, past : past + T] = v_BHSK
+            k_BHSK = cache.keys[layer, :, :, : past + T]
+            v_BHSK = cache.values[layer, :, :, : past + T]
+        p = self.dropout if self.training else 0.0
+        weights_BHTS = None
+        if return_attention:
+            scores_BHTS = q_BHTK @ k_BHSK.transpose(-2, -1) / math.sqrt(self.head_dim)
+            scores_BHTS = scores_BHTS.float().masked_fill(~_causal(T, past, x_BTD.device), -math.inf)
+            weights_BHTS = scores_BHTS.softmax(dim=-1)
+            mixed_BHTK = F.dropout(weights_BHTS.to(v_BHSK.dtype), p) @ v_BHSK
+        elif past == 0:
+            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, dropout_p=p, is_causal=True)
+        else:
+            mask_TS = _causal(T, past, x_BTD.device)
+            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask_TS, dropout_p=p)
+        return self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D)), weights_BHTS
+
+
+def _causal(n_queries: int, past: int, device: torch.device) -> Tensor:
+    """[T, S] True where query t, which stands at `past + t`, may see key s."""
+    mask = torch.ones(n_queries, past + n_queries, dtype=torch.bool, device=device)
+    return mask.tril(diagonal=past)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each with dropout, residual and layer norm (after it, or before)."""
+
+    def __init__(self, shape: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = shape.norm == "pre"
+        self.attention = CausalSelfAttention(shape.d_model, shape.n_heads, shape.dropout)
+        self.norm_attention = nn.LayerNorm(shape.d_model)
+        self.up = nn.Linear(shape.d_model, shape.d_ff)
+        self.down = nn.Linear(shape.d_ff, shape.d_model)
+        self.norm_feed_forward = nn.LayerNorm(shape.d_model)
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[shape.activation]
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """Widen to F, bend, narrow back."""
+        return self.down(self.dropout(self.activation(self.up(x_BTD))))
+
+    def forward(
+        self, x_BTD: Tensor, return_attention: bool = False, cache: KVCache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer; arguments and returns as `CausalSelfAttention.forward`."""
+        inner = self.norm_attention(x_BTD) if self.pre_norm else x_BTD
+        mixed, weights = self.attention(inner, return_attention, cache, layer)
+        x_BTD = x_BTD + self.dropout(mixed)
+        if self.pre_norm:
+            return x_BTD + self.dropout(self.feed_forward(self.norm_feed_forward(x_BTD))), weights
+        x_BTD = self.norm_attention(x_BTD)
+        return self.norm_feed_forward(x_BTD + self.dropout(self.feed_forward(x_BTD))), weights
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model.
+
+    Weights start as torch's own layers do, except a tied head, whose shared matrix starts at d_model ** -0.5
+    and is scaled by d_model ** 0.5 on the way in (Vaswani et al. 2017, section 3.4), so that both the input
+    and the first logits have unit variance.
+    """
+
+    def __init__(self, shape: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.seq_len, self.n_heads = shape.seq_len, shape.n_heads
+        self.embedding = nn.Embedding(vocab_size, shape.d_model)
+        self.embedding_scale = 1.0
+        if shape.positions == "learned":
+            self.positions = nn.Parameter(torch.randn(shape.seq_len, shape.d_model) * 0.02)
+        else:
+            self.register_buffer(
+                "positions", sinusoidal_positions(shape.seq_len, shape.d_model), persistent=False
+            )
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.n_layers))
+        self.final_norm = nn.LayerNorm(shape.d_model) if shape.norm == "pre" else nn.Identity()
+        self.head = nn.Linear(shape.d_model, vocab_size)
+        self.dropout = nn.Dropout(shape.dropout)
+        if shape.tie_embeddings:
+            nn.init.normal_(self.embedding.weight, std=shape.d_model**-0.5)
+            self.head.weight = self.embedding.weight
+            self.embedding_scale = shape.d_model**0.5
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def forward(
+        self, ids_BT: Tensor, return_attention: bool = False, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Predict the next token at every position.
+
+        Args:
+            ids_BT: token ids, 1 to `seq_len` positions (the cached ones counted).
+            return_attention: take the explicit softmax and return its weights.
+            cache: keys and values of earlier tokens; those of `ids_BT` are added to it.
+
+        Returns:
+            logits [B, T, V], and one [B, H, T, S] of attention weights a layer (empty without `return_attention`).
+
+        Raises:
+            ValueError: more positions than the window.
+        """
+        past = cache.length if cache is not None else 0
+        T = ids_BT.shape[1]
+        if past + T > self.seq_len:
+            raise ValueError(f"the window must hold all tokens: got {past + T}, seq_len={self.seq_len}.")
+        x_BTD = self.embedding(ids_BT) * self.embedding_scale + self.positions[past : past + T]
+        x_BTD = self.dropout(x_BTD)
+        attention: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            x_BTD, weights_BHTS = layer(x_BTD, return_attention, cache, i)
+            if weights_BHTS is not None:
+                attention.append(weights_BHTS)
+        if cache is not None:
+            cache.length += T
+        return self.head(self.final_norm(x_BTD)), attention
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty cache for `batch_size` texts."""
+        weight = self.embedding.weight
+        head_dim = weight.shape[1] // self.n_heads
+        shape = (len(self.layers), batch_size, self.n_heads, self.seq_len, head_dim)
+        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def n_parameters(self) -> int:
+        """Trained weights, a shared matrix counted once."""
+        return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,158 @@
+"""The training loop: a generator that yields one report an epoch; the caller logs, prunes or stops.
+
+Each epoch seeds torch from the run's seed and its own number, so a run resumed at an epoch's end takes the
+same steps as one that was never broken.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from lm import runtime
+from lm.checkpoint import TrainState
+from lm.config import TrainConfig
+from lm.data import Windows
+from lm.errors import DivergedError
+from lm.evaluate import Evaluation, evaluate, nats
+from lm.optim import lr_at
+
+_STEPS_A_GLANCE = 20
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch came to. Train figures are of the moving model with dropout, as it learned."""
+
+    epoch: int
+    step: int
+    train: Evaluation
+    validation: Evaluation
+    is_best: bool
+    lr: float
+    grad_norm: float
+    clipped_share: float
+    tokens_per_second: float
+    seconds: float
+
+    def describe(self, epochs: int) -> str:
+        """The epoch's summary in one line."""
+        return (
+            f"epoch {self.epoch + 1}/{epochs}  "
+            f"train loss {self.train.nll:.4f} perplexity {self.train.perplexity:.2f}  "
+            f"validation loss {self.validation.nll:.4f} perplexity {self.validation.perplexity:.2f}"
+            f"{' *' if self.is_best else '  '} {self.tokens_per_second:,.0f} tokens/s  {self.seconds:.1f} s"
+        )
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of one epoch's order and dropout."""
+    return (seed * 1_000_003 + epoch + 1) % 2**63
+
+
+def fit(
+    state: TrainState, train: Windows, validation: Windows, config: TrainConfig, progress: bool = False
+) -> Iterator[EpochReport]:
+    """Train `state` in place from where it stands to `config.epochs`, or until patience ends.
+
+    Yields:
+        one report after each epoch; at that moment `state` is what a checkpoint should hold.
+
+    Raises:
+        DivergedError: a loss or a gradient that is not finite.
+    """
+    device = state.model.device
+    precision = runtime.resolve_precision(config.precision, device)
+    total_steps = config.epochs * train.n_batches(config.batch_size, tail=False)
+    while state.epochs_done < config.epochs and not _out_of_patience(state, config):
+        epoch = state.epochs_done
+        started = time.perf_counter()
+        trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
+        train_seconds = time.perf_counter() - started
+        label = f"epoch {epoch + 1}/{config.epochs} validation" if progress else None
+        validated = evaluate(state.model, validation, precision, label)
+        if not math.isfinite(validated.nats):
+            raise DivergedError(_diverged("validation loss", validated.nats, state))
+        is_best = validated.nll < state.best_nll
+        if is_best:
+            state.best_nll, state.best_epoch = validated.nll, epoch
+        state.epochs_done += 1
+        yield EpochReport(
+            epoch=epoch,
+            step=state.steps_done,
+            train=trained,
+            validation=validated,
+            is_best=is_best,
+            lr=lr,
+            grad_norm=norms.mean().item(),
+            clipped_share=(norms > config.clip_norm).double().mean().item(),
+            tokens_per_second=trained.tokens / train_seconds,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _out_of_patience(state: TrainState, config: TrainConfig) -> bool:
+    return config.patience > 0 and state.epochs_done - 1 - state.best_epoch >= config.patience
+
+
+def _train_epoch(
+    state: TrainState,
+    train: Windows,
+    config: TrainConfig,
+    total_steps: int,
+    precision: torch.dtype,
+    progress: bool,
+) -> tuple[Evaluation, float, torch.Tensor]:
+    """One pass; returns its summed loss, the last lr and the gradient norm of each step."""
+    model, optimizer = state.model.train(), state.optimizer
+    seed = epoch_seed(config.seed, state.epochs_done)
+    runtime.seed_everything(seed)
+    total, tokens, lr = torch.zeros((), dtype=torch.float64, device="cpu"), 0, config.lr
+    norms: list[torch.Tensor] = []
+    bar = tqdm(
+        train.shuffled(config.batch_size, seed),
+        total=train.n_batches(config.batch_size, tail=False),
+        desc=f"epoch {state.epochs_done + 1}/{config.epochs} train",
+        disable=not progress,
+        leave=False,
+    )
+    for i, (inputs_BT, targets_BT) in enumerate(bar):
+        lr = lr_at(state.steps_done, total_steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        inputs_BT, targets_BT = inputs_BT.to(model.device), targets_BT.to(model.device)
+        with runtime.autocast(model.device, precision):
+            logits_BTV, _ = model(inputs_BT)
+        loss_sum = nats(logits_BTV, targets_BT)
+        (loss_sum / targets_BT.numel()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss_sum.detach().double().cpu()
+        tokens += targets_BT.numel()
+        state.steps_done += 1
+        if i % _STEPS_A_GLANCE == 0 or i + 1 == bar.total:
+            _require_finite(total.item(), norms[-_STEPS_A_GLANCE:], state)
+            running = Evaluation(total.item(), tokens)
+            bar.set_postfix(loss=f"{running.nll:.3f}", perplexity=f"{running.perplexity:.1f}")
+    return Evaluation(total.item(), tokens), lr, torch.stack(norms).float().cpu()
+
+
+def _require_finite(total: float, norms: list[torch.Tensor], state: TrainState) -> None:
+    if not math.isfinite(total):
+        raise DivergedError(_diverged("loss", total, state))
+    for norm in norms:
+        if not math.isfinite(norm.item()):
+            raise DivergedError(_diverged("gradient norm", norm.item(), state))
+
+
+def _diverged(what: str, value: float, state: TrainState) -> str:
+    return (
+        f"{what} must stay finite: got {value} by step {state.steps_done} (epoch {state.epochs_done + 1}). "
+        "Try a smaller --lr or --clip-norm, or --precision fp32."
+    )
