@@ -40,7 +40,7 @@ class TrainState:
     epochs_done: int = 0
     steps_done: int = 0
     best_nll: float = float("inf")
-    best_epoch: int = -1
+    best_epoch: int = 0
 
     @classmethod
     def new(cls, config: Config, vocab_size: int, device: torch.device) -> TrainState:

@@ -27,7 +27,7 @@ _STEPS_A_GLANCE = 20
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch came to. Train figures are of the moving model with dropout, as it learned."""
+    """What one epoch (from 1) came to. Train figures are of the moving model with dropout, as it learned."""
 
     epoch: int
     step: int
@@ -43,7 +43,7 @@ class EpochReport:
     def describe(self, epochs: int) -> str:
         """The epoch's summary in one line."""
         return (
-            f"epoch {self.epoch + 1}/{epochs}  "
+            f"epoch {self.epoch}/{epochs}  "
             f"train loss {self.train.nll:.4f} perplexity {self.train.perplexity:.2f}  "
             f"validation loss {self.validation.nll:.4f} perplexity {self.validation.perplexity:.2f}"
             f"{' *' if self.is_best else '  '} {self.tokens_per_second:,.0f} tokens/s  {self.seconds:.1f} s"
@@ -70,11 +70,11 @@ def fit(
     precision = runtime.resolve_precision(config.precision, device)
     total_steps = config.epochs * train.n_batches(config.batch_size, tail=False)
     while state.epochs_done < config.epochs and not _out_of_patience(state, config):
-        epoch = state.epochs_done
+        epoch = state.epochs_done + 1
         started = time.perf_counter()
         trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
         train_seconds = time.perf_counter() - started
-        label = f"epoch {epoch + 1}/{config.epochs} validation" if progress else None
+        label = f"epoch {epoch}/{config.epochs} validation" if progress else None
         validated = evaluate(state.model, validation, precision, label)
         if not math.isfinite(validated.nats):
             raise DivergedError(_diverged("validation loss", validated.nats, state))
@@ -97,7 +97,7 @@ def fit(
 
 
 def _out_of_patience(state: TrainState, config: TrainConfig) -> bool:
-    return config.patience > 0 and state.epochs_done - 1 - state.best_epoch >= config.patience
+    return config.patience > 0 and state.epochs_done - state.best_epoch >= config.patience
 
 
 def _train_epoch(

@@ -1,0 +1,130 @@
+"""A checkpoint to an MLflow model, and a model to the registry. Knows neither Optuna nor the training loop."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+import lm
+
+REGISTERED = "lm"
+CHAMPION = "champion"
+SERVE_PORT = 5001
+_REQUIRED = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "tqdm")
+
+
+@dataclass(frozen=True)
+class Champion:
+    """What became of the alias: the version it names, and why."""
+
+    version: str
+    moved: bool
+    reason: str
+
+
+def log_model(
+    client: mlflow.MlflowClient,
+    run_id: str,
+    checkpoint: Path,
+    metrics: Mapping[str, float],
+    epoch: int,
+    dataset: tuple[str, str],
+) -> str:
+    """Log a checkpoint as a LoggedModel that serves text, with the metrics of its epoch linked to it.
+
+    Args:
+        client: of the store that the run is in.
+        run_id: the run that trained it.
+        checkpoint: folder of the best checkpoint.
+        metrics: figures of the checkpoint, logged at step `epoch` with the model.
+        epoch: the epoch that it was taken at.
+        dataset: name and digest of the corpus.
+
+    Returns:
+        the model's id.
+    """
+    here = Path(__file__).parent
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns of its own defaults; the signature is tested
+        info = Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            name="model",
+            run_id=run_id,
+            step=epoch,
+            python_model=str(here / "serving_model.py"),
+            artifacts={"checkpoint": str(checkpoint)},
+            code_paths=[str(Path(lm.__file__).parent)],
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _REQUIRED],
+            input_example=(
+                ["what is"],
+                {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1},
+            ),
+        )
+    model_id = str(info.model_id)
+    for key, value in metrics.items():
+        client.log_metric(
+            run_id,
+            key,
+            value,
+            step=epoch,
+            model_id=model_id,
+            dataset_name=dataset[0],
+            dataset_digest=dataset[1][:32],
+        )
+    return model_id
+
+
+def register_champion(
+    client: mlflow.MlflowClient, run_id: str, model_id: str, perplexity: float, corpus_digest: str
+) -> Champion:
+    """Register a model as a version of `lm` and give it the alias `champion`.
+
+    The alias stays where it is if its model has a better validation perplexity on the same corpus.
+    """
+    current = _champion(client)
+    if current is not None and current.run_id == run_id:
+        return Champion(str(current.version), False, "it is the champion already")
+    try:
+        client.create_registered_model(REGISTERED)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {"validation_perplexity": f"{perplexity:.4f}", "corpus_digest": corpus_digest}
+    made = client.create_model_version(
+        REGISTERED, f"models:/{model_id}", run_id, tags=tags, model_id=model_id
+    )
+    if current is not None and current.tags.get("corpus_digest") == corpus_digest:
+        standing = float(current.tags["validation_perplexity"])
+        if standing <= perplexity:
+            reason = (
+                f"version {current.version} stays: {standing:.2f} against {perplexity:.2f} on the same corpus"
+            )
+            return Champion(str(current.version), False, reason)
+    client.set_registered_model_alias(REGISTERED, CHAMPION, made.version)
+    return Champion(str(made.version), True, f"validation perplexity {perplexity:.2f}")
+
+
+def _champion(client: mlflow.MlflowClient):  # noqa: ANN202
+    try:
+        return client.get_model_version_by_alias(REGISTERED, CHAMPION)
+    except MlflowException:
+        return None
+
+
+def serve_command(tracking_uri: str) -> str:
+    """The command that serves the champion, to be pasted into a shell."""
+    mlflow_program = Path(sys.executable).parent / "mlflow"
+    program = str(mlflow_program) if mlflow_program.exists() else "mlflow"
+    return (
+        f"MLFLOW_TRACKING_URI={tracking_uri} {program} models serve "
+        f"-m models:/{REGISTERED}@{CHAMPION} -p {SERVE_PORT} --env-manager local"
+    )

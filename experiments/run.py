@@ -1,0 +1,147 @@
+"""One training with everything logged: fit, log, yield onward. Who reads the reports may stop the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments import export, plots
+from experiments.settings import Settings
+from experiments.tracking import TrackedRun
+from lm import attention, checkpoint, data, generate, runtime, train
+from lm.checkpoint import TrainState
+from lm.config import Config, DataConfig
+from lm.errors import UserError
+
+_SAMPLE_PROMPT_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus ready to train on."""
+
+    corpus: data.Corpus
+    tokens: data.TokenizedCorpus
+
+
+def read_text(config: DataConfig, settings: Settings) -> Text:
+    """Read and tokenise the corpus, from the cache where it is there."""
+    corpus = data.load_corpus(config, settings.cache, settings.wikiqa_dir, settings.wikiqa_revision)
+    return Text(corpus, data.tokenize(corpus, config, settings.cache))
+
+
+def check_seed_text(text: Text, seed_text: str | None) -> str:
+    """The seed text of generated samples: the one given, or the first words of the validation text.
+
+    Raises:
+        UserError: none of its words is in the vocabulary.
+    """
+    if seed_text is None:
+        return text.tokens.vocab.decode(
+            [int(i) for i in text.tokens.ids["validation"][:_SAMPLE_PROMPT_TOKENS]]
+        )
+    generate.encode_prompt(text.tokens.vocab, seed_text)
+    return seed_text
+
+
+def resume(
+    run: TrackedRun, changes: Mapping[str, Any], settings: Settings
+) -> tuple[Config, Text, TrainState]:
+    """The last checkpoint of a run, to go on with: its config, its text and its state.
+
+    Args:
+        changes: fields that may differ from then on: epochs, patience, device.
+
+    Raises:
+        UserError: another field changed, nothing left to do, no checkpoint or a damaged one, another corpus.
+    """
+    fixed = sorted(set(changes) - {"epochs", "patience", "device"})
+    if fixed:
+        raise UserError(
+            f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
+            "Try --epochs, --patience or --device alone, or a new run."
+        )
+    folder = run.fetch_checkpoint("last")
+    config = checkpoint.load(folder).config.override(changes)
+    loaded = checkpoint.load(folder, runtime.resolve_device(config.train.device))
+    text = read_text(config.data, settings)
+    if loaded.corpus_digest != text.corpus.digest:
+        raise UserError(
+            f"a run must be resumed on its own corpus: got digest {text.corpus.digest[:8]}, the run has "
+            f"{loaded.corpus_digest[:8]}. Try the settings of the run (LM_WIKIQA_DIR)."
+        )
+    done = loaded.state.epochs_done
+    if done >= config.train.epochs:
+        raise UserError(
+            f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}."
+        )
+    return config, text, loaded.state
+
+
+def train_and_log(
+    config: Config,
+    text: Text,
+    run: TrackedRun,
+    seed_text: str,
+    state: TrainState | None = None,
+    progress: bool = False,
+) -> Iterator[train.EpochReport]:
+    """Train `config` on `text`, log each epoch to `run`, and yield its report once it is safe on disk.
+
+    When the loop ends by itself the best checkpoint is logged as the run's model. A caller that stops early
+    leaves the run without one, and its checkpoints where they are.
+    """
+    device = runtime.resolve_device(config.train.device)
+    windows = {s: text.tokens.windows(s, config.model.seq_len) for s in ("train", "validation")}
+    vocab = text.tokens.vocab
+    if state is None:
+        runtime.seed_everything(config.train.seed)
+        state = TrainState.new(config, len(vocab), device)
+        run.log_params(
+            {**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()}
+        )
+        run.log_corpus(text.corpus)
+    precision = runtime.resolve_precision(config.train.precision, device)
+    run.log_tags({"lm.device": runtime.describe(device, precision)})
+    probe = _probe(windows["validation"], config)
+    for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
+        run.log_epoch(report)
+        title = f"{run.name}, epoch {report.epoch}: attention on validation text"
+        shown = attention.attention_map(state.model, vocab, probe)
+        run.log_page(
+            f"attention/epoch_{report.epoch:03d}.html", plots.attention_page({report.epoch: shown}, title)
+        )
+        sample = generate.generate_text(state.model, vocab, seed_text, temperature=0.8, seed=0)
+        run.log_page(f"samples/epoch_{report.epoch:03d}.txt", sample + "\n")
+        for name, due in (("best", report.is_best), ("last", True)):
+            if due:
+                checkpoint.save(
+                    run.checkpoints / name,
+                    config,
+                    vocab,
+                    state,
+                    text.corpus.digest,
+                    with_optimizer=name == "last",
+                )
+                run.publish_checkpoint(name)
+        yield report
+    perplexity = math.exp(state.best_nll)
+    best = {"best_validation_loss": state.best_nll, "best_validation_perplexity": perplexity}
+    run.log_metrics({**best, "best_epoch": state.best_epoch}, state.epochs_done)
+    if run.tags().get("lm.model_epoch") != str(state.best_epoch):
+        metrics = {"validation_loss": state.best_nll, "validation_perplexity": perplexity}
+        dataset = (text.corpus.name, text.corpus.digest)
+        folder = run.fetch_checkpoint("best")
+        model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset)
+        run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
+
+
+def _probe(windows: data.Windows, config: Config) -> list[int]:
+    """One window of validation text, chosen by the seed of the split: the same for all runs on a corpus."""
+    rng = np.random.default_rng(config.data.split_seed)
+    start = int(rng.integers(0, max(1, windows.n_full))) * windows.seq_len
+    return [int(i) for i in windows.ids[start : start + windows.seq_len]]

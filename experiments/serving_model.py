@@ -1,0 +1,80 @@
+"""The model as `mlflow models serve` runs it: text in, text out. Of this project it imports `lm` alone.
+
+MLflow stores this file beside the checkpoint and a copy of `lm`, and runs it; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from lm import checkpoint, generate
+from lm.errors import UserError
+
+PARAMS: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1}
+"""Sampling parameters and their defaults; a seed of -1 draws a new one for each call."""
+
+LIMITS = {"inputs": 64, "characters": 10_000, "max_new_tokens": 1_000}
+
+
+class ServedModel(PythonModel):
+    """Continues each prompt."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the checkpoint, checking every file's digest."""
+        loaded = checkpoint.load(Path(context.artifacts["checkpoint"]))
+        self.model, self.vocab = loaded.state.model.eval(), loaded.vocab
+
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """The prompts, each continued by up to `max_new_tokens` tokens.
+
+        Raises:
+            MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) with rule, value and remedy.
+        """
+        values = {**PARAMS, **(params or {})}
+        try:
+            unknown = sorted(set(values) - set(PARAMS))
+            _require(not unknown, "params", f"be among {', '.join(PARAMS)}", unknown)
+            _require(
+                len(model_input) <= LIMITS["inputs"],
+                "inputs",
+                f"be at most {LIMITS['inputs']}",
+                len(model_input),
+            )
+            for text in model_input:
+                _require(
+                    len(text) <= LIMITS["characters"],
+                    "an input",
+                    f"have at most {LIMITS['characters']} characters",
+                    len(text),
+                )
+            new = values["max_new_tokens"]
+            _require(
+                1 <= new <= LIMITS["max_new_tokens"],
+                "max_new_tokens",
+                f"be from 1 to {LIMITS['max_new_tokens']}",
+                new,
+            )
+            seed = None if values["seed"] == -1 else int(values["seed"])
+            sampling = {name: values[name] for name in ("temperature", "top_k", "top_p")}
+            return [
+                generate.generate_text(self.model, self.vocab, text, max_length=new, seed=seed, **sampling)
+                for text in model_input
+            ]
+        except UserError as e:
+            raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from e
+
+
+def _require(holds: bool, name: str, rule: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"{name} must {rule}: got {got}.")
+
+
+mlflow.models.set_model(ServedModel())

@@ -1,0 +1,68 @@
+"""Places and secrets: the only reader of `.env` and of the environment. `.env.example` documents each setting.
+
+Precedence: flag, environment, `.env`, default. Relative paths are taken from the project's root, so that every
+program finds the same store from any working directory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+_SOURCE = Path(__file__).resolve().parents[1]
+ROOT = _SOURCE if (_SOURCE / "pyproject.toml").is_file() else Path.cwd()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things are. URIs and paths are absolute."""
+
+    mlruns: Path
+    tracking_uri: str
+    artifact_root: str
+    optuna_storage: str
+    experiment: str
+    wikiqa_dir: Path | None
+    wikiqa_revision: str
+
+    @property
+    def cache(self) -> Path:
+        """Parsed and tokenised text; may be deleted at any time."""
+        return self.mlruns / "cache"
+
+    @classmethod
+    def load(cls, env_file: Path | None = None) -> Settings:
+        """Read `.env` (of the project's root by default) and the environment, which wins."""
+        values = {**dotenv_values(env_file or ROOT / ".env"), **os.environ}
+
+        def get(name: str) -> str | None:
+            return values.get(name) or None
+
+        mlruns = _absolute(get("LM_MLRUNS_DIR") or "mlruns")
+        wikiqa = get("LM_WIKIQA_DIR")
+        artifacts = get("LM_ARTIFACT_ROOT")
+        return cls(
+            mlruns=mlruns,
+            tracking_uri=_absolute_uri(get("MLFLOW_TRACKING_URI") or f"sqlite:///{mlruns / 'mlflow.db'}"),
+            artifact_root=artifacts
+            if artifacts and "://" in artifacts
+            else str(_absolute(artifacts or str(mlruns / "artifacts"))),
+            optuna_storage=_absolute_uri(get("OPTUNA_STORAGE") or f"sqlite:///{mlruns / 'optuna.db'}"),
+            experiment=get("MLFLOW_EXPERIMENT_NAME") or "lm",
+            wikiqa_dir=_absolute(wikiqa) if wikiqa else None,
+            wikiqa_revision=get("LM_WIKIQA_REVISION") or "main",
+        )
+
+
+def _absolute(path: str) -> Path:
+    return (ROOT / Path(path).expanduser()).resolve()
+
+
+def _absolute_uri(uri: str) -> str:
+    scheme, separator, path = uri.partition(":///")
+    if separator and scheme.startswith("sqlite") and path != ":memory:":
+        return f"{scheme}:///{_absolute(path)}"
+    return uri

@@ -1,0 +1,305 @@
+"""MLflow: the store, runs with their true status, metrics, artifacts. Knows neither Optuna nor the training loop.
+
+A run is FINISHED only when its `with` block ends by itself; pruned and interrupted runs are KILLED, broken ones
+FAILED, each with its reason as the tag `lm.reason`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
+
+import mlflow
+from filelock import FileLock
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.utils.time import get_current_time_millis
+
+from experiments.settings import ROOT, Settings
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from lm.data import Corpus
+    from lm.train import EpochReport
+
+UI_PORT = 5000
+_PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
+
+
+class PrunedError(Exception):
+    """Raised where a trial is found not worth going on with; its run ends KILLED with this reason."""
+
+
+def quiet() -> None:
+    """Keep MLflow's and alembic's news off the terminal; warnings stay."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+class Tracker:
+    """One experiment of one store."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the store; create its schema and the experiment if they are not there.
+
+        Creation happens under a file lock: processes that create a schema at the same time break it.
+
+        Raises:
+            UserError: the store cannot be reached or written.
+        """
+        quiet()
+        self.settings = settings
+        self.client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
+        mlflow.set_tracking_uri(settings.tracking_uri)
+        mlflow.set_registry_uri(settings.tracking_uri)
+        with store_lock(settings):
+            try:
+                self.experiment_id = self._experiment()
+            except MlflowException as e:
+                raise UserError(
+                    f"the store must be reachable and writable: got {str(e).splitlines()[0][:200]} from "
+                    f"{_without_password(settings.tracking_uri)}. Try another MLFLOW_TRACKING_URI."
+                ) from e
+        mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
+
+    def _experiment(self) -> str:
+        name = self.settings.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage != "active":
+                raise UserError(
+                    f"the experiment must not be deleted: got {name!r}. Try MLFLOW_EXPERIMENT_NAME=another."
+                )
+            return found.experiment_id
+        remote = self.settings.tracking_uri.startswith("http")
+        return self.client.create_experiment(name, None if remote else self.settings.artifact_root)
+
+    @contextmanager
+    def run(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Iterator[TrackedRun]:
+        """Open a run, or go on with `run_id`, and close it with its true status.
+
+        This is the one place that decides a run's status.
+        """
+        if run_id is None:
+            all_tags = {**_origin_tags(), **tags}
+            run_id = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id
+        else:
+            self.client.update_run(run_id, status="RUNNING")
+        run = TrackedRun(self.client, self.client.get_run(run_id), self.settings.mlruns / "work")
+        try:
+            yield run
+        except PrunedError as e:
+            self.close(run_id, "KILLED", str(e))
+            raise
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            self.close(run_id, "KILLED", "interrupted")
+            raise
+        except BaseException as e:
+            self.close(run_id, "FAILED", f"{type(e).__name__}: {e}")
+            raise
+        self.close(run_id, "FINISHED", "")
+
+    def close(self, run_id: str, status: str, reason: str) -> None:
+        """Set a run's final status and its reason."""
+        if reason or "lm.reason" in self.client.get_run(run_id).data.tags:
+            self.client.set_tag(run_id, "lm.reason", reason[:5000])
+        self.client.set_terminated(run_id, status)
+
+    def find_run(self, name_or_id: str) -> MlflowRun:
+        """A run of this experiment by its id, or the newest by its name.
+
+        Raises:
+            UserError: there is none.
+        """
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"attributes.run_name = '{name_or_id.replace(chr(39), '')}'",
+            ViewType.ACTIVE_ONLY,
+            max_results=1,
+        )
+        if runs:
+            return runs[0]
+        try:
+            return self.client.get_run(name_or_id)
+        except MlflowException as e:
+            newest = self.client.search_runs([self.experiment_id], max_results=1)
+            remedy = f"--resume {newest[0].info.run_id}" if newest else "a first run without --resume"
+            raise UserError(
+                f"a run must be named by its id or name: got {name_or_id!r}, which is not in experiment "
+                f"{self.settings.experiment!r}. Try {remedy}."
+            ) from e
+
+    def runs_of_study(self, study: str, kind: str = "trial") -> list[MlflowRun]:
+        """Runs tagged with a study's name, newest first; kind is `trial`, or `study` for its summary run."""
+        query = f"tags.`lm.study` = '{study}' and tags.`lm.kind` = '{kind}'"
+        return list(self.client.search_runs([self.experiment_id], query, max_results=1000))
+
+    def charts_link(self, base: str) -> str:
+        """Address of the charts page that compares the experiment's runs."""
+        return (
+            f"{base}/#/experiments/{self.experiment_id}/runs"
+            "?workflowType=machine_learning&compareRunsMode=CHART"
+        )
+
+    def compare_link(self, base: str, run_ids: Sequence[str]) -> str:
+        """Address of the page that compares some runs, parallel coordinates first."""
+        runs = quote(json.dumps(list(run_ids), separators=(",", ":")))
+        experiments = quote(json.dumps([self.experiment_id]))
+        return f"{base}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+    def run_link(self, base: str, run_id: str, artifact: str = "") -> str:
+        """Address of a run's page, or of one of its artifacts."""
+        tail = f"/artifacts/{artifact}" if artifact else ""
+        return f"{base}/#/experiments/{self.experiment_id}/runs/{run_id}{tail}"
+
+
+@dataclass
+class TrackedRun:
+    """One open run: where figures, pages and checkpoints of a training go."""
+
+    client: mlflow.MlflowClient
+    mlflow_run: MlflowRun
+    work: Path
+
+    @property
+    def id(self) -> str:
+        """MLflow's run id."""
+        return self.mlflow_run.info.run_id
+
+    @property
+    def name(self) -> str:
+        """MLflow's run name."""
+        return self.mlflow_run.info.run_name or self.id
+
+    @property
+    def checkpoints(self) -> Path:
+        """Local folder of `last` and `best`: the run's own artifact folder where that is a local one."""
+        return (_local_path(self.mlflow_run.info.artifact_uri) or self.work / self.id) / "checkpoints"
+
+    def publish_checkpoint(self, name: str) -> None:
+        """Send a checkpoint to the artifact store, where that is not the folder it was written to."""
+        if _local_path(self.mlflow_run.info.artifact_uri) is None:
+            self.client.log_artifacts(self.id, str(self.checkpoints / name), f"checkpoints/{name}")
+
+    def fetch_checkpoint(self, name: str) -> Path:
+        """Local folder of a checkpoint of this run, downloaded if it is not here."""
+        folder = self.checkpoints / name
+        if _local_path(self.mlflow_run.info.artifact_uri) is None and not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.client.download_artifacts(self.id, f"checkpoints/{name}", str(self.checkpoints.parent))
+        return folder
+
+    def tags(self) -> dict[str, str]:
+        """The run's tags as they stand now."""
+        return dict(self.client.get_run(self.id).data.tags)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log all params at once; equal values may be logged again."""
+        self.client.log_batch(self.id, params=[Param(k, str(v)) for k, v in params.items()])
+
+    def log_tags(self, tags: Mapping[str, object]) -> None:
+        """Set tags."""
+        self.client.log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log some metrics at one step."""
+        now = get_current_time_millis()
+        self.client.log_batch(self.id, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
+
+    def log_corpus(self, corpus: Corpus) -> None:
+        """Log the text as the run's dataset: name, digest, source and sizes."""
+        sizes = {f"{split}_records": len(records) for split, records in corpus.splits.items()}
+        dataset = Dataset(
+            name=corpus.name,
+            digest=corpus.digest[:32],
+            source_type="code",
+            source=json.dumps({"tags": {"source": corpus.source}}),
+            profile=json.dumps(sizes),
+        )
+        inputs = DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "train")])
+        self.client.log_inputs(self.id, [inputs])
+        self.log_tags({"lm.corpus": corpus.name, "lm.corpus_digest": corpus.digest})
+
+    def log_epoch(self, report: EpochReport) -> None:
+        """Log the figures of one epoch at step `epoch`; an epoch that stands there already is not logged twice."""
+        logged = self.client.get_metric_history(self.id, "validation_perplexity")
+        if any(point.step == report.epoch for point in logged):
+            return
+        self.log_metrics(
+            {
+                "train_loss": report.train.nll,
+                "train_perplexity": report.train.perplexity,
+                "validation_loss": report.validation.nll,
+                "validation_perplexity": report.validation.perplexity,
+                "lr": report.lr,
+                "grad_norm": report.grad_norm,
+                "clipped_share": report.clipped_share,
+                "tokens_per_second": report.tokens_per_second,
+                "epoch_seconds": report.seconds,
+            },
+            report.epoch,
+        )
+
+    def log_page(self, path: str, content: str) -> None:
+        """Write a text artifact (a page, a sample, a table)."""
+        self.client.log_text(self.id, content, path)
+
+    def log_file(self, path: Path, folder: str) -> None:
+        """Copy a file to the run's artifacts."""
+        self.client.log_artifact(self.id, str(path), folder)
+
+
+def store_lock(settings: Settings) -> FileLock:
+    """The lock under which schemas and experiments are created.
+
+    Raises:
+        UserError: the folder of the store cannot be written.
+    """
+    try:
+        settings.mlruns.mkdir(parents=True, exist_ok=True)
+        probe = settings.mlruns / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(
+            f"the store must be writable: got {e.strerror} for {settings.mlruns}. Try LM_MLRUNS_DIR=/another/folder."
+        ) from e
+    return FileLock(settings.mlruns / ".lock", timeout=120)
+
+
+def _local_path(uri: str | None) -> Path | None:
+    parts = urlsplit(uri or "")
+    return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def _origin_tags() -> dict[str, str]:
+    """Code, packages and machine that a run was made with."""
+    tags = {f"version.{name}": version(name) for name in _PACKAGES}
+    tags |= {"version.python": platform.python_version(), "lm.host": platform.node()}
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode == 0:
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+        tags |= {
+            "mlflow.source.git.commit": commit.stdout.strip(),
+            "lm.uncommitted_changes": str(bool(changed.stdout)),
+        }
+    return tags

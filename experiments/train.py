@@ -1,0 +1,59 @@
+"""Train one model and log it to MLflow.
+
+python experiments/train.py --corpus sample
+python experiments/train.py --resume RUN --epochs 20
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, train, print each epoch's summary as it ends, and say what to do next."""
+    parser = cli.Parser(__doc__ or "")
+    cli.add_config_flags(parser)
+    parser.add_argument("--run-name", help="the run's name in MLflow (default: corpus and preset)")
+    parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with this run, by id or name, from its last epoch"
+    )
+    args = parser.parse(argv)
+    config = cli.config_of(args)
+
+    from experiments import run as runs
+    from experiments.settings import Settings
+    from experiments.tracking import UI_PORT, TrackedRun, Tracker
+    from lm import runtime
+
+    settings = Settings.load()
+    tracker = Tracker(settings)
+    state, run_id = None, None
+    if args.resume:
+        found = tracker.find_run(args.resume)
+        run_id = found.info.run_id
+        tracked = TrackedRun(tracker.client, found, settings.mlruns / "work")
+        config, text, state = runs.resume(tracked, cli.given(args), settings)
+    else:
+        text = runs.read_text(config.data, settings)
+    device = runtime.resolve_device(config.train.device)
+    print(text.corpus.describe())
+    print(
+        f"on {runtime.describe(device, runtime.resolve_precision(config.train.precision, device))}",
+        flush=True,
+    )
+    seed_text = runs.check_seed_text(text, args.seed_text)
+
+    name = args.run_name or f"{text.corpus.name}-{args.preset}"
+    with tracker.run(name, {"lm.kind": "train", "lm.preset": args.preset}, run_id) as run:
+        reports = runs.train_and_log(config, text, run, seed_text, state, progress=cli.is_terminal())
+        for report in reports:
+            print(report.describe(config.train.epochs), flush=True)
+    print(f"run {run.name} ({run.id}) is finished. Next: python experiments/ui.py, which opens")
+    print(tracker.run_link(f"http://127.0.0.1:{UI_PORT}", run.id))
+
+
+if __name__ == "__main__":
+    cli.run(main)
