@@ -118,6 +118,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except DivergedError as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
     except OSError as e:
         if e.errno is None:
             raise
@@ -130,6 +132,4 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was logged is kept.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
     sys.exit(0)

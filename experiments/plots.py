@@ -71,7 +71,7 @@ async function start() {
   document.body.dataset.view = "drawn";
 }"""
     return _page(
-        title, "\n".join(body), script, {"figures": [json.loads(f.to_json()) for _, _, f in figures]}
+        title, "\n".join(body), script, {"figures": [json.loads(f.to_json() or "{}") for _, _, f in figures]}
     )
 
 

@@ -30,7 +30,7 @@ class ServedModel(PythonModel):
         loaded = checkpoint.load(Path(context.artifacts["checkpoint"]))
         self.model, self.vocab = loaded.state.model.eval(), loaded.vocab
 
-    def predict(
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # MLflow's base returns nothing
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
         """The prompts, each continued by up to `max_new_tokens` tokens.

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -88,7 +88,7 @@ class Tracker:
         return self.client.create_experiment(name, None if remote else self.settings.artifact_root)
 
     @contextmanager
-    def run(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Iterator[TrackedRun]:
+    def run(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Generator[TrackedRun]:
         """Open a run, or go on with `run_id`, and close it with its true status.
 
         This is the one place that decides a run's status.
@@ -146,6 +146,19 @@ class Tracker:
         """Runs tagged with a study's name, newest first; kind is `trial`, or `study` for its summary run."""
         query = f"tags.`lm.study` = '{study}' and tags.`lm.kind` = '{kind}'"
         return list(self.client.search_runs([self.experiment_id], query, max_results=1000))
+
+    def studies(self, most: int = 3) -> list[tuple[str, list[str], str | None]]:
+        """The newest studies: name, run ids of the trials, id of the summary run."""
+        query = "tags.`lm.kind` = 'trial'"
+        runs = self.client.search_runs([self.experiment_id], query, max_results=1000)
+        grouped: dict[str, list[str]] = {}
+        for run in runs:
+            grouped.setdefault(run.data.tags["lm.study"], []).append(run.info.run_id)
+        found: list[tuple[str, list[str], str | None]] = []
+        for study, run_ids in list(grouped.items())[:most]:
+            summaries = self.runs_of_study(study, "study")
+            found.append((study, run_ids, summaries[0].info.run_id if summaries else None))
+        return found
 
     def charts_link(self, base: str) -> str:
         """Address of the charts page that compares the experiment's runs."""

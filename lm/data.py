@@ -8,6 +8,7 @@ another split and no token is a target twice.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -270,6 +271,23 @@ def _read_table(kind: str, files: dict[str, str] | str, cache_dir: Path, **optio
     return datasets.load_dataset(kind, data_files=files, cache_dir=str(cache_dir / "datasets"), **options)
 
 
+def _read_csv(files: dict[str, Path], cache_dir: Path, separator: str) -> Any:
+    """Every column as text. Tab-separated files have no quoting, comma-separated ones double quotes."""
+    import datasets
+
+    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+    first = next(iter(files.values()))
+    opened = (
+        gzip.open(first, "rt", encoding="utf-8") if first.suffix == ".gz" else first.open(encoding="utf-8")
+    )
+    with opened as f:
+        header = next(csv.reader(f, delimiter=separator, quoting=quoting), [])
+    features = datasets.Features({column: datasets.Value("string") for column in header})
+    names = {split: str(path) for split, path in files.items()}
+    options = {"sep": separator, "quoting": quoting, "keep_default_na": False, "features": features}
+    return _read_table("csv", names, cache_dir, **options)
+
+
 def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[str, str]]:
     """Records of one file: question and answer columns of a table, or the paragraphs of a plain text."""
     if not path.is_file():
@@ -290,13 +308,11 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
             raise UserError(f"corpus must hold text: got only white space in {path}. Try --corpus sample.")
         return [(r.lower(), r) for r in records]
     kind = {".tsv": "csv", ".jsonl": "json"}.get(suffix, suffix[1:])
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        options = {"keep_default_na": False, "dtype": str}
-    if suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        table = _read_table(kind, str(path), cache_dir, split="train", **options)
+        if kind == "csv":
+            table = _read_csv({"train": path}, cache_dir, "," if suffix == ".csv" else "\t")["train"]
+        else:
+            table = _read_table(kind, str(path), cache_dir, split="train")
     except OSError:
         raise
     except Exception as e:
@@ -357,8 +373,7 @@ def _wikiqa_release(folder: Path, cache_dir: Path) -> tuple[str, Records]:
     if files["train"].endswith(".parquet"):
         table = _read_table("parquet", files, cache_dir)
         return f"the release in {folder}", _wikiqa_records(table, "question", "answer")
-    options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "dtype": str}
-    table = _read_table("csv", files, cache_dir, **options)
+    table = _read_csv({s: Path(f) for s, f in files.items()}, cache_dir, "\t")
     return f"the release in {folder}", _wikiqa_records(table, "Question", "Sentence")
 
 

@@ -34,6 +34,7 @@ class EpochReport:
     train: Evaluation
     validation: Evaluation
     is_best: bool
+    best_nll: float
     lr: float
     grad_norm: float
     clipped_share: float
@@ -88,6 +89,7 @@ def fit(
             train=trained,
             validation=validated,
             is_best=is_best,
+            best_nll=state.best_nll,
             lr=lr,
             grad_norm=norms.mean().item(),
             clipped_share=(norms > config.clip_norm).double().mean().item(),

@@ -1,0 +1,126 @@
+"""Write a study's Plotly page, and log it to the study's summary run in MLflow.
+
+python experiments/report.py            the study begun last
+python experiments/report.py STUDY
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments import cli
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from experiments.tracking import Tracker
+
+_ROWS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, write the page, say where it is."""
+    parser = cli.Parser(__doc__ or "")
+    parser.add_argument("study", nargs="?", help="name of the study (default: the one begun last)")
+    args = parser.parse(argv)
+
+    from experiments import study as studies
+    from experiments.settings import Settings
+    from experiments.tracking import Tracker, store_lock
+
+    settings = Settings.load()
+    tracker = Tracker(settings)
+    with store_lock(settings):
+        storage = studies.open_storage(settings.optuna_storage)
+    conclude(studies.latest_study(storage, args.study), tracker, register=False)
+
+
+def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> None:
+    """Print the trials against trial 0, write and log the page, register the winner, and print the links."""
+    from experiments import export
+    from experiments import study as studies
+    from experiments.tracking import UI_PORT
+
+    ranked = studies.finished(study)
+    header, rows = table(study, ranked)
+    print("\n" + _columns(header, rows[:_ROWS]))
+    if len(rows) > _ROWS:
+        print(f"... and {len(rows) - _ROWS} more")
+    path, summary_id = write_page(study, tracker, ranked)
+    complete = [t for t in ranked if t.state.name == "COMPLETE"]
+    if register and complete:
+        tags = tracker.client.get_run(complete[0].user_attrs[studies.RUN_ID]).data.tags
+        champion = export.register_champion(
+            tracker.client,
+            complete[0].user_attrs[studies.RUN_ID],
+            tags["lm.model_id"],
+            studies.best_value(complete[0]),
+            tags["lm.corpus_digest"],
+        )
+        what = "is now" if champion.moved else "stays"
+        print(f"\n{export.REGISTERED}@{export.CHAMPION} {what} version {champion.version}: {champion.reason}")
+    base = f"http://127.0.0.1:{UI_PORT}"
+    run_ids = [t.user_attrs[studies.RUN_ID] for t in ranked if studies.RUN_ID in t.user_attrs]
+    print(f"\nreport   {path}")
+    print("browse   python experiments/ui.py, which opens")
+    print(f"charts   {tracker.charts_link(base)}")
+    print(f"compare  {tracker.compare_link(base, run_ids)}")
+    print(f"summary  {tracker.run_link(base, summary_id, 'report.html')}")
+    if complete:
+        print(f"serve    {export.serve_command(tracker.settings.tracking_uri)}")
+
+
+def table(study: optuna.Study, ranked: Sequence[FrozenTrial]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the trials, best first, each against trial 0 (the recipe's own point)."""
+    from experiments import study as studies
+
+    params = studies.space_of(study)
+    origin = next((studies.best_value(t) for t in ranked if t.number == 0), None)
+    rows: list[list[str]] = []
+    for trial in ranked:
+        value = studies.best_value(trial)
+        change = f"{(value / origin - 1) * 100:+.1f} %" if origin else ""
+        values = [f"{trial.params[p]:.3g}" if p in trial.params else "" for p in params]
+        epochs = str(max(trial.intermediate_values, default=0))
+        rows.append([str(trial.number), *values, epochs, trial.state.name.lower(), f"{value:.2f}", change])
+    return ["trial", *params, "epochs", "state", "perplexity", "to trial 0"], rows
+
+
+def write_page(study: optuna.Study, tracker: Tracker, ranked: Sequence[FrozenTrial]) -> tuple[Path, str]:
+    """Write `reports/STUDY.html` beside the stores and log it to the study's one summary run.
+
+    Returns:
+        the file, and the summary run's id.
+    """
+    from experiments import plots
+    from experiments import study as studies
+
+    about = f"{len(ranked)} trials; value is the lowest validation perplexity of a trial's epochs."
+    header, rows = table(study, ranked)
+    figures = studies.figures(study) if ranked else []
+    page = plots.report_page(f"Study {study.study_name}", about, figures, plots.html_table(header, rows))
+    path = tracker.settings.mlruns / "reports" / f"{study.study_name}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    standing = tracker.runs_of_study(study.study_name, "study")
+    tags = {"lm.kind": "study", "lm.study": study.study_name}
+    with tracker.run(study.study_name, tags, standing[0].info.run_id if standing else None) as run:
+        run.log_page("report.html", page)
+        if ranked:
+            run.log_metrics({"best_validation_perplexity": studies.best_value(ranked[0])}, len(ranked))
+            run.log_tags({"lm.best_trial": ranked[0].number, "lm.best_params": ranked[0].params})
+    return path, run.id
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,192 @@
+"""Optuna: the storage, the study, its trials and its figures. Knows neither MLflow nor training.
+
+The total of a study counts trials that are complete, pruned, running, waiting, or failed for good; a trial whose
+process died or was interrupted is queued again with the same parameters and does not count twice.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+RUN_ID = "mlflow_run_id"
+_OWNER = "owner"
+_FAILED_FOR_GOOD = "failed_for_good"
+_REQUEUED = "requeued"
+_STARTUP_TRIALS = 4
+_WARMUP_EPOCHS = 2
+
+
+def open_storage(uri: str) -> optuna.storages.RDBStorage:
+    """Open Optuna's storage and create its schema; the caller holds the store's lock.
+
+    Raises:
+        UserError: it cannot be reached or written.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.storages.RDBStorage(uri)
+    except Exception as e:  # SQLAlchemy's and the drivers' errors have no common base
+        first = str(e).splitlines()[0][:200]
+        raise UserError(
+            f"Optuna's storage must be reachable and writable: got {first}. Try another OPTUNA_STORAGE."
+        ) from e
+
+
+def open_study(
+    storage: optuna.storages.RDBStorage, name: str, seed: int, first_point: Mapping[str, Any]
+) -> optuna.Study:
+    """Create the study, with the recipe's own point as trial 0, or go on with it.
+
+    The sampler's seed is that of the call plus the trials already there: a study that is continued does not
+    draw the same points again.
+    """
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        direction="minimize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=_WARMUP_EPOCHS),
+    )
+    n_trials = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=seed + n_trials, n_startup_trials=5)
+    if n_trials == 0:
+        study.enqueue_trial(dict(first_point))
+    return study
+
+
+def count(study: optuna.Study) -> int:
+    """Trials that count towards the total, the queued ones not among them."""
+    return sum(
+        t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        or (t.state == TrialState.FAIL and _FAILED_FOR_GOOD in t.user_attrs)
+        for t in study.get_trials(deepcopy=False)
+    )
+
+
+def ask(study: optuna.Study) -> Trial:
+    """The next trial, marked as this process's."""
+    trial = study.ask()
+    trial.set_user_attr(_OWNER, f"{platform.node()}:{os.getpid()}")
+    return trial
+
+
+def release_dead(study: optuna.Study) -> list[str]:
+    """Fail and queue again the running trials whose process on this machine is gone.
+
+    Returns:
+        MLflow run ids of those trials.
+    """
+    run_ids: list[str] = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, _, pid = trial.user_attrs.get(_OWNER, "").rpartition(":")
+        if host == platform.node() and not _alive(int(pid)):
+            requeue(study, trial)
+            if RUN_ID in trial.user_attrs:
+                run_ids.append(trial.user_attrs[RUN_ID])
+    return run_ids
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def requeue(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
+    """Tell a trial as failed and queue its parameters again."""
+    study.tell(trial.number, state=TrialState.FAIL)
+    if trial.params:
+        study.enqueue_trial(dict(trial.params), user_attrs={_REQUEUED: trial.number})
+
+
+def tell_failed(study: optuna.Study, trial: Trial) -> None:
+    """Tell a trial as failed for good: its own parameters are the cause, and it counts."""
+    trial.set_user_attr(_FAILED_FOR_GOOD, True)
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Complete and pruned trials, best first; a pruned one stands with its best epoch."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    return sorted(study.get_trials(deepcopy=False, states=states), key=best_value)
+
+
+def best_value(trial: FrozenTrial) -> float:
+    """Lowest perplexity that a trial reported."""
+    return min(trial.intermediate_values.values(), default=float("inf"))
+
+
+def space_of(study: optuna.Study) -> list[str]:
+    """Names of the parameters that were searched."""
+    return sorted({name for t in study.get_trials(deepcopy=False) for name in t.params})
+
+
+def latest_study(storage: optuna.storages.RDBStorage, name: str | None) -> optuna.Study:
+    """A study by name, or the one that was last begun.
+
+    Raises:
+        UserError: there is none.
+    """
+    summaries = optuna.get_all_study_summaries(storage)
+    known = [s.study_name for s in sorted(summaries, key=lambda s: str(s.datetime_start or ""))]
+    if not known:
+        raise UserError("a report needs a study: got an empty storage. Try python experiments/tune.py first.")
+    if name is not None and name not in known:
+        raise UserError(f"a study must be named as it is stored: got {name!r}. Try {known[-1]}.")
+    return optuna.load_study(study_name=name or known[-1], storage=storage)
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """Share of the variation of perplexity that goes with each parameter (PED-ANOVA); empty below 2 values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except (ValueError, RuntimeError):
+            return {}
+
+
+def figures(study: optuna.Study) -> list[tuple[str, str, go.Figure]]:
+    """Heading, a line on how to read it, and the figure, for the study's page."""
+    import plotly.graph_objects as go
+    from optuna import visualization
+
+    params = space_of(study)
+    made: list[tuple[str, str, go.Figure]] = [
+        ("History", "Each point is a trial that ran to its end; the line is the best so far.",
+         visualization.plot_optimization_history(study, target_name="validation perplexity")),
+        ("Epoch by epoch", "Validation perplexity of each trial as it learned; pruned trials stop early.",
+         visualization.plot_intermediate_values(study)),
+    ]  # fmt: skip
+    shares = importances(study)
+    if shares:
+        bars = go.Figure(go.Bar(x=list(shares.values()), y=list(shares), orientation="h"))
+        made.append(
+            ("Importances", "Share of the variation that goes with each parameter (PED-ANOVA).", bars)
+        )
+    made += [
+        ("Parallel coordinates", "A line is a trial; drag along an axis to keep only some.",
+         visualization.plot_parallel_coordinate(study, params=params, target_name="perplexity")),
+        ("Slices", "Perplexity against one parameter at a time; darker points came later.",
+         visualization.plot_slice(study, params=params, target_name="perplexity")),
+    ]  # fmt: skip
+    for _, _, figure in made:
+        figure.update_yaxes(type="log") if figure.layout.xaxis.title.text == "Step" else None
+    return made
