@@ -115,6 +115,11 @@ def requeue(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
         study.enqueue_trial(dict(trial.params), user_attrs={_REQUEUED: trial.number})
 
 
+def tell_pruned(study: optuna.Study, trial: Trial) -> None:
+    """Tell a trial as pruned; its reported epochs stay."""
+    study.tell(trial, state=TrialState.PRUNED)
+
+
 def tell_failed(study: optuna.Study, trial: Trial) -> None:
     """Tell a trial as failed for good: its own parameters are the cause, and it counts."""
     trial.set_user_attr(_FAILED_FOR_GOOD, True)

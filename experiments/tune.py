@@ -131,7 +131,6 @@ def run_trial(study: optuna.Study, tracker: Tracker, plan: Plan) -> str:
     below tell the study: complete, pruned, failed for good, or to be done again.
     """
     import torch
-    from optuna.trial import TrialState
 
     from experiments import run as runs
     from experiments import study as studies
@@ -160,7 +159,7 @@ def run_trial(study: optuna.Study, tracker: Tracker, plan: Plan) -> str:
                         f"pruned after epoch {last.epoch}: worse than the median of earlier trials"
                     )
     except PrunedError as e:
-        study.tell(trial, state=TrialState.PRUNED)
+        studies.tell_pruned(study, trial)
         return f"{words}  {e}"
     except (DivergedError, MemoryError, torch.OutOfMemoryError) as e:
         studies.tell_failed(study, trial)
