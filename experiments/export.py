@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -123,6 +124,8 @@ def _champion(client: mlflow.MlflowClient):  # noqa: ANN202
 def serve_command(tracking_uri: str) -> str:
     """The command that serves the champion, to be pasted into a shell."""
     mlflow_program = Path(sys.executable).parent / "mlflow"
+    if urlsplit(tracking_uri).password:
+        tracking_uri = "$MLFLOW_TRACKING_URI"  # a password does not belong on the terminal
     program = str(mlflow_program) if mlflow_program.exists() else "mlflow"
     return (
         f"MLFLOW_TRACKING_URI={tracking_uri} {program} models serve "

@@ -129,11 +129,12 @@ def train_and_log(
                 )
                 run.publish_checkpoint(name)
         yield report
-    perplexity = math.exp(state.best_nll)
-    best = {"best_validation_loss": state.best_nll, "best_validation_perplexity": perplexity}
-    run.log_metrics({**best, "best_epoch": state.best_epoch}, state.epochs_done)
     if run.tags().get("lm.model_epoch") != str(state.best_epoch):
-        metrics = {"validation_loss": state.best_nll, "validation_perplexity": perplexity}
+        metrics = {
+            "best_validation_loss": state.best_nll,
+            "best_validation_perplexity": math.exp(state.best_nll),
+            "best_epoch": float(state.best_epoch),
+        }
         dataset = (text.corpus.name, text.corpus.digest)
         folder = run.fetch_checkpoint("best")
         model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset)

@@ -158,13 +158,17 @@ def latest_study(storage: optuna.storages.RDBStorage, name: str | None) -> optun
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Share of the variation of perplexity that goes with each parameter (PED-ANOVA); empty below 2 values."""
+    """Share of the variation of perplexity that goes with each parameter (PED-ANOVA).
+
+    Empty where there are too few trials to tell: Optuna warns then and calls all parameters equal.
+    """
     with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             return optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, UserWarning):
             return {}
 
 

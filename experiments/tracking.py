@@ -69,9 +69,12 @@ class Tracker:
             try:
                 self.experiment_id = self._experiment()
             except MlflowException as e:
+                password = urlsplit(settings.tracking_uri).password
+                got = f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}"
+                if password:
+                    got = got.replace(password, "***")
                 raise UserError(
-                    f"the store must be reachable and writable: got {str(e).splitlines()[0][:200]} from "
-                    f"{_without_password(settings.tracking_uri)}. Try another MLFLOW_TRACKING_URI."
+                    f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
 
@@ -296,11 +299,6 @@ def store_lock(settings: Settings) -> FileLock:
 def _local_path(uri: str | None) -> Path | None:
     parts = urlsplit(uri or "")
     return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
 def _origin_tags() -> dict[str, str]:

@@ -316,6 +316,10 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
     except OSError:
         raise
     except Exception as e:
+        if "corresponds to no data" in str(e):  # a header without rows
+            raise UserError(
+                f"corpus must have at least one record: got none in {path}. Try --corpus sample."
+            ) from e
         cause = str(e.__cause__ or e).splitlines()[0][:150]
         raise UserError(
             f"corpus must be readable as {suffix[1:]}: got {path} ({cause}). Try a plain .txt file."

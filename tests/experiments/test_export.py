@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from experiments import export
+from experiments.settings import Settings
+from experiments.tracking import Tracker
+from lm import checkpoint
+from lm.checkpoint import TrainState
+from lm.config import Config
+from lm.data import TokenizedCorpus
+
+
+@pytest.fixture
+def tracker(lab: Path) -> Tracker:
+    return Tracker(Settings.load())
+
+
+@pytest.fixture
+def folder(
+    toy_config: Config, toy_text: TokenizedCorpus, new_state: Callable[[Config], TrainState], tmp_path: Path
+) -> Path:
+    checkpoint.save(tmp_path / "best", toy_config, toy_text.vocab, new_state(toy_config), "digest", False)
+    return tmp_path / "best"
+
+
+def logged(tracker: Tracker, folder: Path) -> tuple[str, str]:
+    with tracker.run("test", {}) as run:
+        model_id = export.log_model(
+            tracker.client, run.id, folder, {"best_validation_perplexity": 7.5}, 2, ("toy", "abc")
+        )
+    return run.id, model_id
+
+
+@pytest.fixture
+def served(tracker: Tracker, folder: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.pyfunc.PyFuncModel:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    return mlflow.pyfunc.load_model(f"models:/{logged(tracker, folder)[1]}")
+
+
+def test_a_logged_model_has_its_metrics_and_its_run(tracker: Tracker, folder: Path) -> None:
+    run_id, model_id = logged(tracker, folder)
+    [model] = tracker.client.search_logged_models([tracker.experiment_id])
+    assert (model.model_id, model.source_run_id) == (model_id, run_id)
+    assert model.metrics is not None
+    assert [(m.key, m.value, m.step, m.dataset_name) for m in model.metrics] == [
+        ("best_validation_perplexity", 7.5, 2, "toy")
+    ]
+
+
+def test_a_logged_model_holds_no_pickle_and_its_own_code(tracker: Tracker, folder: Path, lab: Path) -> None:
+    logged(tracker, folder)
+    files = [p.name for p in (lab / "artifacts" / "models").rglob("*") if p.is_file()]
+    assert {"model.safetensors", "vocab.json", "config.json", "serving_model.py", "model.py"} <= set(files)
+    assert not [name for name in files if name.endswith((".pkl", ".pt", ".pth", ".bin"))]
+
+
+def test_a_loaded_model_continues_text_and_repeats_itself_for_a_seed(
+    served: mlflow.pyfunc.PyFuncModel,
+) -> None:
+    params = {"max_new_tokens": 5, "temperature": 1.0, "seed": 3}
+    first, again = (served.predict(["does the otter", "the heron"], params=params) for _ in range(2))
+    assert first == again
+    assert [text.split()[:2] for text in first] == [["does", "the"], ["the", "heron"]]
+    assert len(served.predict(["does the otter"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "params", "message"),
+    [
+        (["qwxz"], {}, "the seed text must hold a word of the vocabulary"),
+        (["the"], {"temperature": -1.0}, "temperature must be 0"),
+        (["the"], {"max_new_tokens": 0}, "max_new_tokens must be from 1 to 1000: got 0"),
+        (["the"] * 65, {}, "inputs must be at most 64: got 65"),
+        (["the " * 5000], {}, "an input must have at most 10000 characters: got 20000"),
+    ],
+)
+def test_a_bad_request_is_an_invalid_parameter(
+    served: mlflow.pyfunc.PyFuncModel, inputs: list[str], params: dict[str, object], message: str
+) -> None:
+    with pytest.raises(MlflowException, match=message) as caught:
+        served.predict(inputs, params=params)
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_the_champion_changes_for_a_better_model_or_another_corpus_only(
+    tracker: Tracker, folder: Path
+) -> None:
+    def register(perplexity: float, corpus: str) -> export.Champion:
+        return export.register_champion(tracker.client, *logged(tracker, folder), perplexity, corpus)
+
+    assert register(9.0, "a") == export.Champion("1", True, "validation perplexity 9.00")
+    worse = register(9.5, "a")
+    assert (worse.version, worse.moved) == ("1", False)
+    assert "9.00 against 9.50" in worse.reason
+    assert register(8.0, "a").version == "3"
+    assert register(50.0, "b").version == "4"
+    assert str(tracker.client.get_model_version_by_alias("lm", "champion").version) == "4"
+
+
+def test_the_champion_is_not_registered_twice(tracker: Tracker, folder: Path) -> None:
+    run_id, model_id = logged(tracker, folder)
+    assert export.register_champion(tracker.client, run_id, model_id, 9.0, "a").moved
+    again = export.register_champion(tracker.client, run_id, model_id, 9.0, "a")
+    assert again == export.Champion("1", False, "it is the champion already")
+    assert len(tracker.client.search_model_versions("name = 'lm'")) == 1
+
+
+def test_the_serve_command_does_not_show_a_password() -> None:
+    assert "MLFLOW_TRACKING_URI=sqlite:////x.db " in export.serve_command("sqlite:////x.db")
+    assert "secret" not in export.serve_command("http://user:secret@host")

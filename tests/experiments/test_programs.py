@@ -1,0 +1,230 @@
+"""The programs as a person uses them, in one process; bad input is in test_bad_input.py."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import report, train, tune
+from experiments import run as runs
+from experiments import study as studies
+from experiments.settings import Settings
+from experiments.tracking import Tracker
+from lm.errors import DivergedError, UserError
+from tests.conftest import TOY_FLAGS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tracker(lab: Path) -> Tracker:
+    return Tracker(Settings.load())
+
+
+@pytest.fixture
+def flags(toy_csv: Path) -> list[str]:
+    return [*TOY_FLAGS, "--corpus", str(toy_csv)]
+
+
+def perplexities(tracker: Tracker, run_id: str) -> list[tuple[int, float]]:
+    history = tracker.client.get_metric_history(run_id, "validation_perplexity")
+    return [(m.step, m.value) for m in history]
+
+
+def test_a_run_logs_all_that_is_promised(
+    tracker: Tracker, flags: list[str], lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*flags, "--run-name", "mine", "--seed-text", "the otter"])
+    run = tracker.find_run("mine")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lr"] == "0.01"
+    assert int(run.data.params["n_parameters"]) > 0
+    [used] = run.inputs.dataset_inputs
+    assert used.dataset.name == "toy"
+    assert run.data.tags["lm.corpus_digest"].startswith(used.dataset.digest)
+    assert run.data.tags["lm.device"].startswith("cpu")
+    artifacts = lab / "artifacts" / run.info.run_id / "artifacts"
+    found = sorted(str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file())
+    assert found == [
+        "attention/epoch_001.html", "attention/epoch_002.html",
+        "checkpoints/best/config.json", "checkpoints/best/model.safetensors", "checkpoints/best/vocab.json",
+        "checkpoints/last/config.json", "checkpoints/last/model.safetensors",
+        "checkpoints/last/optimizer.safetensors", "checkpoints/last/vocab.json",
+        "samples/epoch_001.txt", "samples/epoch_002.txt",
+    ]  # fmt: skip
+    assert (artifacts / "samples/epoch_002.txt").read_text().startswith("the otter")
+    [model] = tracker.client.search_logged_models([tracker.experiment_id])
+    assert run.data.tags["lm.model_id"] == model.model_id
+    printed = capsys.readouterr().out
+    assert (
+        len(re.findall(r"^epoch \d/2  train loss .* validation loss .* tokens/s", printed, re.MULTILINE)) == 2
+    )
+    assert "Next: python experiments/ui.py" in printed
+
+
+def test_a_resumed_run_has_the_figures_of_an_unbroken_one(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.main([*flags, "--epochs", "4", "--run-name", "unbroken"])
+
+    logging = runs.TrackedRun.log_page
+
+    def interrupt(run: runs.TrackedRun, path: str, content: str) -> None:
+        if path == "attention/epoch_003.html":  # after the metrics of epoch 3, before its checkpoint
+            raise KeyboardInterrupt
+        logging(run, path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.TrackedRun, "log_page", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*flags, "--epochs", "4", "--run-name", "broken"])
+    broken = tracker.find_run("broken")
+    assert broken.info.status == "KILLED"
+    train.main(["--resume", "broken"])
+    again = tracker.find_run("broken")
+    assert (again.info.run_id, again.info.status) == (broken.info.run_id, "FINISHED")
+    unbroken = tracker.find_run("unbroken").info.run_id
+    assert perplexities(tracker, again.info.run_id) == perplexities(tracker, unbroken)
+    assert len(perplexities(tracker, unbroken)) == 4
+
+
+def test_more_epochs_go_on_in_the_same_run(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "short"])
+    train.main(["--resume", "short", "--epochs", "3"])
+    run = tracker.find_run("short")
+    assert [step for step, _ in perplexities(tracker, run.info.run_id)] == [1, 2, 3]
+    with pytest.raises(UserError, match="a finished run needs more epochs to go on: got 3 done"):
+        train.main(["--resume", "short", "--epochs", "3"])
+    with pytest.raises(UserError, match="a resumed run must keep its config: got --lr"):
+        train.main(["--resume", "short", "--lr", "1"])
+
+
+def test_a_damaged_checkpoint_leaves_the_run_as_it_was(tracker: Tracker, flags: list[str], lab: Path) -> None:
+    train.main([*flags, "--run-name", "cut"])
+    run = tracker.find_run("cut")
+    weights = lab / "artifacts" / run.info.run_id / "artifacts/checkpoints/last/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"got a damaged model\.safetensors"):
+        train.main(["--resume", "cut", "--epochs", "9"])
+    again = tracker.find_run("cut")
+    assert again.info.status == "FINISHED"
+    assert perplexities(tracker, run.info.run_id) == perplexities(tracker, again.info.run_id)
+
+
+def test_a_study_from_the_first_trial_to_the_champion(
+    tracker: Tracker, flags: list[str], lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune.main([*flags, "--trials", "4", "--n-layers", "1", "--lr", "0.003"])
+    printed = capsys.readouterr().out
+    name = re.findall(r"^study (\S+): 0 of 4", printed, re.MULTILINE)[0]
+    assert name.startswith("reference-toy-")
+    assert len(re.findall(r"^trial \d/4 ", printed, re.MULTILINE)) == 4
+    assert "lm@champion is now version 1" in printed
+    assert "serve    MLFLOW_TRACKING_URI=sqlite:///" in printed
+    trials = tracker.runs_of_study(name)
+    assert [r.data.tags["lm.trial"] for r in trials] == ["3", "2", "1", "0"]
+    assert {k: float(trials[-1].data.params[k]) for k in ("n_layers", "lr", "clip_norm")} == {
+        "n_layers": 1, "lr": 0.003, "clip_norm": 0.5,
+    }  # fmt: skip
+    [summary] = tracker.runs_of_study(name, "study")
+    assert (lab / "artifacts" / summary.info.run_id / "artifacts/report.html").stat().st_size > 1_000_000
+    assert (lab / "reports" / f"{name}.html").exists()
+    champion = tracker.client.get_model_version_by_alias("lm", "champion")
+    best = min(trials, key=lambda r: r.data.metrics["best_validation_perplexity"])
+    assert champion.run_id == best.info.run_id
+
+    tune.main([*flags, "--trials", "4", "--n-layers", "1", "--lr", "0.003"])
+    assert "4 of 4 trials are there" in capsys.readouterr().out
+    assert len(tracker.runs_of_study(name)) == 4
+    tune.main([*flags, "--trials", "5", "--n-layers", "1", "--lr", "0.003"])
+    assert len(tracker.runs_of_study(name)) == 5
+    assert len(tracker.runs_of_study(name, "study")) == 1
+
+    report.main([])
+    assert f"reports/{name}.html" in capsys.readouterr().out
+
+
+def small_study(flags: list[str], trials: int) -> None:
+    tune.main([*flags, "--trials", str(trials), "--n-layers", "1", "--lr", "0.003"])
+
+
+def test_a_pruned_trials_run_is_killed_and_says_when(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: trial.number == 1)
+    small_study(flags, 3)
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    trials = {r.data.tags["lm.trial"]: r for r in tracker.runs_of_study(study.study_name)}
+    assert {n: r.info.status for n, r in trials.items()} == {"0": "FINISHED", "1": "KILLED", "2": "FINISHED"}
+    assert trials["1"].data.tags["lm.reason"].startswith("pruned after epoch 1")
+    assert len(perplexities(tracker, trials["1"].info.run_id)) == 1
+
+
+def test_a_diverged_trial_fails_counts_and_does_not_end_the_study(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = runs.train.fit
+
+    def diverge(state: object, *args: object, **kwargs: object) -> object:
+        if state.steps_done == 0 and next(calls) == 1:  # type: ignore[attr-defined]
+            raise DivergedError("loss must stay finite: got nan by step 1")
+        return training(state, *args, **kwargs)  # type: ignore[arg-type]
+
+    calls = iter(range(9))
+    monkeypatch.setattr(runs.train, "fit", diverge)
+    small_study(flags, 3)
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    failed = next(r for r in tracker.runs_of_study(study.study_name) if r.data.tags["lm.trial"] == "1")
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["lm.reason"] == "DivergedError: loss must stay finite: got nan by step 1"
+
+
+def test_a_killed_study_is_taken_up_with_its_total(tracker: Tracker, flags: list[str]) -> None:
+    long = [*flags, "--epochs", "400", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
+    command = [sys.executable, str(ROOT / "experiments/tune.py"), *long, "--trials", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        begun = tracker.client.search_runs([tracker.experiment_id])
+        if begun and len(perplexities(tracker, begun[0].info.run_id)) >= 2:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    [killed] = tracker.client.search_runs([tracker.experiment_id])
+    assert killed.info.status == "RUNNING"
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert studies.release_dead(study) == [killed.info.run_id]
+    assert studies.count(study) == 0
+    assert len(perplexities(tracker, killed.info.run_id)) >= 2
+    again = studies.ask(study)
+    assert study.trials[again.number].system_attrs["fixed_params"]["lr"] == 0.003
+
+
+def test_ctrl_c_closes_the_run_and_queues_the_trial(tracker: Tracker, flags: list[str]) -> None:
+    long = [*flags, "--epochs", "4000", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
+    command = [sys.executable, str(ROOT / "experiments/tune.py"), *long, "--trials", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        begun = tracker.client.search_runs([tracker.experiment_id])
+        if begun and perplexities(tracker, begun[0].info.run_id):
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "tune.py: interrupted; what was logged is kept."
+    [run] = tracker.client.search_runs([tracker.experiment_id])
+    assert (run.info.status, run.data.tags["lm.reason"]) == ("KILLED", "interrupted")
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from experiments.settings import ROOT, Settings
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "LM_MLRUNS_DIR",
+        "MLFLOW_TRACKING_URI",
+        "OPTUNA_STORAGE",
+        "LM_WIKIQA_DIR",
+        "LM_ARTIFACT_ROOT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults_are_absolute_whatever_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.load(tmp_path / "no.env")
+    assert settings.mlruns == ROOT / "mlruns"
+    assert settings.tracking_uri == f"sqlite:///{ROOT}/mlruns/mlflow.db"
+    assert settings.artifact_root == f"{ROOT}/mlruns/artifacts"
+    assert settings.wikiqa_dir is None
+
+
+def test_environment_wins_over_env_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / ".env"
+    file.write_text(
+        "LM_MLRUNS_DIR=/from/file\nOPTUNA_STORAGE=postgresql://u:p@host/db\nLM_WIKIQA_DIR=data/wikiqa\n"
+    )
+    settings = Settings.load(file)
+    assert settings.mlruns == Path("/from/file")
+    assert settings.tracking_uri == "sqlite:////from/file/mlflow.db"
+    assert settings.optuna_storage == "postgresql://u:p@host/db"
+    assert settings.wikiqa_dir == ROOT / "data/wikiqa"
+    monkeypatch.setenv("LM_MLRUNS_DIR", "/from/environment")
+    assert Settings.load(file).mlruns == Path("/from/environment")
+
+
+def test_a_relative_sqlite_uri_is_taken_from_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlruns/mlflow.db")
+    assert Settings.load(tmp_path / "no.env").tracking_uri == f"sqlite:///{ROOT}/mlruns/mlflow.db"
+
+
+def test_env_example_names_every_setting_that_is_read() -> None:
+    source = (ROOT / "experiments" / "settings.py").read_text()
+    example = (ROOT / ".env.example").read_text()
+    read = {part.split('"')[0] for part in source.split('get("')[1:]}
+    assert len(read) == 7
+    assert all(name in example for name in read)

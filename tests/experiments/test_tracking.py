@@ -1,0 +1,152 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.settings import Settings
+from experiments.tracking import PrunedError, Tracker
+from lm.errors import DivergedError, UserError
+from lm.evaluate import Evaluation
+from lm.train import EpochReport
+
+
+@pytest.fixture
+def tracker(lab: Path) -> Tracker:
+    return Tracker(Settings.load())
+
+
+def report(epoch: int) -> EpochReport:
+    e = Evaluation(20.0, 10)
+    return EpochReport(epoch, 7 * epoch, e, e, True, 2.0, 1e-3, 0.4, 0.25, 1000.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "FINISHED", None),
+        (PrunedError("pruned after epoch 3"), "KILLED", "pruned after epoch 3"),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+        (DivergedError("loss must stay finite"), "FAILED", "DivergedError: loss must stay finite"),
+        (RuntimeError("ours"), "FAILED", "RuntimeError: ours"),
+    ],
+)
+def test_a_run_ends_with_its_true_status(
+    tracker: Tracker, error: BaseException | None, status: str, reason: str | None
+) -> None:
+    run_id = ""
+    try:
+        with tracker.run("test", {}) as run:
+            run_id = run.id
+            if error:
+                raise error
+    except BaseException as e:
+        assert e is error
+    ended = tracker.client.get_run(run_id)
+    assert ended.info.status == status
+    assert ended.info.end_time is not None
+    assert ended.data.tags.get("lm.reason") == reason
+
+
+def test_a_resumed_run_that_ends_well_loses_its_old_reason(tracker: Tracker) -> None:
+    with pytest.raises(KeyboardInterrupt), tracker.run("test", {}) as run:
+        raise KeyboardInterrupt
+    with tracker.run("test", {}, run.id) as again:
+        assert tracker.client.get_run(run.id).info.status == "RUNNING"
+    assert again.id == run.id
+    ended = tracker.client.get_run(run.id)
+    assert (ended.info.status, ended.data.tags["lm.reason"]) == ("FINISHED", "")
+
+
+def test_an_epoch_is_logged_once_with_all_its_figures(tracker: Tracker) -> None:
+    with tracker.run("test", {}) as run:
+        for epoch in (1, 2, 2, 1, 3):
+            run.log_epoch(report(epoch))
+    names = {"train_loss", "train_perplexity", "validation_loss", "validation_perplexity", "lr", "grad_norm",
+             "clipped_share", "tokens_per_second", "epoch_seconds"}  # fmt: skip
+    logged = tracker.client.get_run(run.id).data.metrics
+    assert set(logged) == names
+    for name in names:
+        assert [m.step for m in tracker.client.get_metric_history(run.id, name)] == [1, 2, 3]
+
+
+def test_a_run_says_what_it_was_made_with(tracker: Tracker) -> None:
+    with tracker.run("test", {"lm.kind": "train"}) as run:
+        pass
+    tags = run.tags()
+    assert tags["lm.kind"] == "train"
+    assert tags["version.torch"]
+    assert tags["version.python"]
+
+
+def test_runs_are_found_by_id_and_by_name(tracker: Tracker) -> None:
+    with tracker.run("it's mine", {}) as run:
+        pass
+    assert tracker.find_run(run.id).info.run_id == run.id
+    with tracker.run("plain", {}) as named:
+        pass
+    assert tracker.find_run("plain").info.run_id == named.id
+    with pytest.raises(
+        UserError, match=r"a run must be named by its id or name: got 'nothing'.*Try --resume"
+    ):
+        tracker.find_run("nothing")
+
+
+def test_everything_is_under_the_folder_of_the_laboratory(tracker: Tracker, lab: Path) -> None:
+    with tracker.run("test", {}) as run:
+        run.log_page("a/b.txt", "text")
+    assert run.checkpoints == lab / "artifacts" / run.id / "artifacts" / "checkpoints"
+    assert (lab / "artifacts" / run.id / "artifacts" / "a" / "b.txt").read_text() == "text"
+
+
+def test_links_hold_the_experiment_and_the_runs(tracker: Tracker) -> None:
+    link = tracker.compare_link("http://x", ["a", "b"])
+    assert (
+        link
+        == f"http://x/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%22{tracker.experiment_id}%22%5D"
+    )
+    assert "compareRunsMode=CHART" in tracker.charts_link("http://x")
+
+
+def test_an_unreachable_store_is_one_line_without_the_password(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
+    with pytest.raises(UserError, match="the store must be reachable and writable") as caught:
+        Tracker(Settings.load())
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+OPEN = """
+from experiments.settings import Settings
+from experiments.tracking import Tracker, store_lock
+from experiments import study
+settings = Settings.load()
+tracker = Tracker(settings)
+with tracker.run("run", {}) as run:
+    run.log_metrics({"x": 1.0}, 1)
+with store_lock(settings):
+    opened = study.open_study(study.open_storage(settings.optuna_storage), "one", 0, {"lr": 1e-3})
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(tmp_path / "new"))
+    started: list[subprocess.Popen[Any]] = [
+        subprocess.Popen([sys.executable, "-c", OPEN], stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    errors = [p.communicate()[1] for p in started]
+    assert [p.returncode for p in started] == [0, 0], errors
+    tracker = Tracker(Settings.load())
+    runs = tracker.client.search_runs([tracker.experiment_id])
+    assert [r.info.status for r in runs] == ["FINISHED", "FINISHED"]
+    from experiments import study
+
+    opened = study.latest_study(study.open_storage(Settings.load().optuna_storage), "one")
+    assert len(opened.trials) == 1

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from lm.config import ModelConfig, TrainConfig
+from lm.model import Decoder
+from lm.optim import build_optimizer, lr_at
+
+
+def test_without_decay_it_is_adam() -> None:
+    shape = ModelConfig(d_model=8, n_layers=1, n_heads=2, d_ff=16, seq_len=4, dropout=0.0)
+    torch.manual_seed(0)
+    ours, theirs = Decoder(shape, 11), Decoder(shape, 11)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randint(0, 11, (2, 4))
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for model, optimizer in ((ours, build_optimizer(ours, TrainConfig(lr=1e-2))), (theirs, adam)):
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x)[0].logsumexp(-1).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(
+        ours(x)[0], theirs(x)[0]
+    )  # key biases move by rounding alone; logits do not see them
+
+
+def test_only_matrices_decay() -> None:
+    model = Decoder(ModelConfig(d_model=8, n_layers=1, n_heads=2, d_ff=16, seq_len=4), 11)
+    matrices, vectors = build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_lr_rises_then_stays_or_falls_to_zero() -> None:
+    constant = TrainConfig(lr=1.0, warmup_steps=4)
+    assert [lr_at(s, 100, constant) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = TrainConfig(lr=1.0, schedule="cosine")
+    assert lr_at(0, 100, cosine) == 1.0
+    assert lr_at(50, 100, cosine) == pytest.approx(0.5)
+    assert lr_at(100, 100, cosine) == pytest.approx(0.0)

@@ -1,0 +1,108 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lm import checkpoint, train
+from lm.checkpoint import TrainState
+from lm.config import Config
+from lm.data import TokenizedCorpus, Windows
+from lm.errors import DivergedError
+
+New = Callable[[Config], TrainState]
+
+
+def run(state: TrainState, text: TokenizedCorpus, config: Config) -> list[train.EpochReport]:
+    windows = [text.windows(split, config.model.seq_len) for split in ("train", "validation")]
+    return list(train.fit(state, windows[0], windows[1], config.train))
+
+
+def test_one_batch_is_learned_by_heart(toy_config: Config, toy_text: TokenizedCorpus, new_state: New) -> None:
+    batch = Windows(toy_text.ids["train"][:65], 8)
+    config = toy_config.override({"epochs": 150, "dropout": 0.0, "clip_norm": 5.0, "d_model": 32})
+    reports = list(train.fit(new_state(config), batch, batch, config.train))
+    assert reports[0].validation.nll > 2
+    assert reports[-1].validation.nll < 0.1
+
+
+def test_learning_beats_the_uniform_guess(
+    toy_config: Config, toy_text: TokenizedCorpus, new_state: New
+) -> None:
+    reports = run(new_state(toy_config), toy_text, toy_config.override({"epochs": 6}))
+    assert reports[-1].validation.nll < 0.6 * math.log(len(toy_text.vocab))
+    assert [r.epoch for r in reports] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"schedule": "cosine", "warmup_steps": 5}])
+def test_two_epochs_and_two_resumed_equal_four(
+    changes: dict[str, object], toy_config: Config, toy_text: TokenizedCorpus, new_state: New, tmp_path: Path
+) -> None:
+    config = toy_config.override({**changes, "epochs": 4})
+    unbroken = run(new_state(config), toy_text, config)
+
+    state = new_state(config)
+    windows = [toy_text.windows(split, 8) for split in ("train", "validation")]
+    first: list[train.EpochReport] = []
+    for report in train.fit(state, windows[0], windows[1], config.train):
+        first.append(report)
+        if report.epoch == 2:
+            break
+    checkpoint.save(tmp_path / "last", config, toy_text.vocab, state, "digest")
+    torch.manual_seed(999)
+    loaded = checkpoint.load(tmp_path / "last")
+    second = run(loaded.state, toy_text, loaded.config)
+
+    def figures(reports: list[train.EpochReport]) -> list[tuple[float, ...]]:
+        return [
+            (r.epoch, r.step, r.train.nats, r.validation.nats, r.grad_norm, r.lr, r.best_nll) for r in reports
+        ]
+
+    assert figures(first + second) == figures(unbroken)
+
+
+def test_equal_seeds_give_equal_figures_and_others_do_not(
+    toy_config: Config, toy_text: TokenizedCorpus, new_state: New
+) -> None:
+    first, same, other = (
+        run(new_state(c), toy_text, c)[-1].validation.nats
+        for c in (toy_config, toy_config, toy_config.override({"seed": 1}))
+    )
+    assert first == same != other
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(
+    toy_config: Config, toy_text: TokenizedCorpus, new_state: New
+) -> None:
+    state = new_state(toy_config)
+    with torch.no_grad():
+        state.model.head.weight[0, 0] = math.nan
+    with pytest.raises(DivergedError, match=r"loss must stay finite: got nan by step 1 \(epoch 1\)"):
+        run(state, toy_text, toy_config)
+
+
+def test_patience_stops_after_epochs_without_a_better_loss(
+    toy_config: Config, toy_text: TokenizedCorpus, new_state: New
+) -> None:
+    config = toy_config.override({"epochs": 50, "patience": 2, "lr": 3e-2})
+    reports = run(new_state(config), toy_text, config)
+    losses = [r.validation.nll for r in reports]
+    assert len(reports) < 50
+    assert len(losses) - 1 - int(np.argmin(losses)) == 2
+
+
+def test_clipping_is_reported(toy_config: Config, toy_text: TokenizedCorpus, new_state: New) -> None:
+    tight = run(new_state(toy_config), toy_text, toy_config.override({"clip_norm": 1e-6}))[0]
+    loose = run(new_state(toy_config), toy_text, toy_config.override({"clip_norm": 1e6}))[0]
+    assert (tight.clipped_share, loose.clipped_share) == (1.0, 0.0)
+    assert loose.grad_norm > 0
+
+
+def test_bf16_comes_near_fp32(toy_config: Config, toy_text: TokenizedCorpus, new_state: New) -> None:
+    exact, rounded = (
+        run(new_state(c), toy_text, c)[-1].validation.perplexity
+        for c in (toy_config, toy_config.override({"precision": "bf16"}))
+    )
+    assert rounded == pytest.approx(exact, rel=0.05)
