@@ -1,11 +1,11 @@
-# `make tune` and `make test` do all the set-up they need. On a GPU machine install your build of torch into
-# .venv first; the constraint then leaves it alone only if its version matches constraints.txt.
+# `make tune` and `make test` do all the set-up they need.
+# On a GPU machine first make .venv and install your own build of the torch version that constraints.txt names.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: all tune test test-all check format browser clean
+.PHONY: all tune test test-slow check format clean
 
 all: check test
 
@@ -24,8 +24,8 @@ tune: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term
 
-test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

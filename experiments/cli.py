@@ -77,9 +77,7 @@ def add_config_flags(parser: Parser, **changed_defaults: Any) -> None:
 
 def given(namespace: argparse.Namespace) -> dict[str, Any]:
     """The config fields that were set by a flag."""
-    return {
-        f.name: getattr(namespace, f.name) for s in SECTIONS for f in fields(s) if hasattr(namespace, f.name)
-    }
+    return {f.name: getattr(namespace, f.name) for s in SECTIONS for f in fields(s) if hasattr(namespace, f.name)}
 
 
 def config_of(namespace: argparse.Namespace, **changed_defaults: Any) -> Config:

@@ -1,4 +1,4 @@
-"""A checkpoint to an MLflow model, and a model to the registry. Knows neither Optuna nor the training loop."""
+"""A checkpoint to an MLflow model, and a model to the registry. Knows neither Optuna nor training."""
 
 from __future__ import annotations
 
@@ -100,21 +100,17 @@ def register_champion(
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     tags = {"validation_perplexity": f"{perplexity:.4f}", "corpus_digest": corpus_digest}
-    made = client.create_model_version(
-        REGISTERED, f"models:/{model_id}", run_id, tags=tags, model_id=model_id
-    )
+    made = client.create_model_version(REGISTERED, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
     if current is not None and current.tags.get("corpus_digest") == corpus_digest:
         standing = float(current.tags["validation_perplexity"])
         if standing <= perplexity:
-            reason = (
-                f"version {current.version} stays: {standing:.2f} against {perplexity:.2f} on the same corpus"
-            )
+            reason = f"version {current.version} stays: {standing:.2f} against {perplexity:.2f} on the same corpus"
             return Champion(str(current.version), False, reason)
     client.set_registered_model_alias(REGISTERED, CHAMPION, made.version)
     return Champion(str(made.version), True, f"validation perplexity {perplexity:.2f}")
 
 
-def _champion(client: mlflow.MlflowClient):  # noqa: ANN202
+def _champion(client: mlflow.MlflowClient):
     try:
         return client.get_model_version_by_alias(REGISTERED, CHAMPION)
     except MlflowException:

@@ -49,9 +49,7 @@ def attention_page(maps: Mapping[int, AttentionMap], title: str) -> str:
     return _page(title, _read("attention_page.html"), _read("attention_page.js"), data)
 
 
-def report_page(
-    title: str, about: str, figures: Sequence[tuple[str, str, go.Figure]], table: str = ""
-) -> str:
+def report_page(title: str, about: str, figures: Sequence[tuple[str, str, go.Figure]], table: str = "") -> str:
     """A page of figures under each other.
 
     Args:
@@ -70,9 +68,7 @@ async function start() {
       margin: {t: 20}}, {displaylogo: false, responsive: true});
   document.body.dataset.view = "drawn";
 }"""
-    return _page(
-        title, "\n".join(body), script, {"figures": [json.loads(f.to_json() or "{}") for _, _, f in figures]}
-    )
+    return _page(title, "\n".join(body), script, {"figures": [json.loads(f.to_json() or "{}") for _, _, f in figures]})
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -41,16 +41,12 @@ def check_seed_text(text: Text, seed_text: str | None) -> str:
         UserError: none of its words is in the vocabulary.
     """
     if seed_text is None:
-        return text.tokens.vocab.decode(
-            [int(i) for i in text.tokens.ids["validation"][:_SAMPLE_PROMPT_TOKENS]]
-        )
+        return text.tokens.vocab.decode([int(i) for i in text.tokens.ids["validation"][:_SAMPLE_PROMPT_TOKENS]])
     generate.encode_prompt(text.tokens.vocab, seed_text)
     return seed_text
 
 
-def resume(
-    run: TrackedRun, changes: Mapping[str, Any], settings: Settings
-) -> tuple[Config, Text, TrainState]:
+def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> tuple[Config, Text, TrainState]:
     """The last checkpoint of a run, to go on with: its config, its text and its state.
 
     Args:
@@ -76,9 +72,7 @@ def resume(
         )
     done = loaded.state.epochs_done
     if done >= config.train.epochs:
-        raise UserError(
-            f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}."
-        )
+        raise UserError(f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}.")
     return config, text, loaded.state
 
 
@@ -101,9 +95,7 @@ def train_and_log(
     if state is None:
         runtime.seed_everything(config.train.seed)
         state = TrainState.new(config, len(vocab), device)
-        run.log_params(
-            {**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()}
-        )
+        run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
         run.log_corpus(text.corpus)
     precision = runtime.resolve_precision(config.train.precision, device)
     run.log_tags({"lm.device": runtime.describe(device, precision)})
@@ -112,9 +104,7 @@ def train_and_log(
         run.log_epoch(report)
         title = f"{run.name}, epoch {report.epoch}: attention on validation text"
         shown = attention.attention_map(state.model, vocab, probe)
-        run.log_page(
-            f"attention/epoch_{report.epoch:03d}.html", plots.attention_page({report.epoch: shown}, title)
-        )
+        run.log_page(f"attention/epoch_{report.epoch:03d}.html", plots.attention_page({report.epoch: shown}, title))
         sample = generate.generate_text(state.model, vocab, seed_text, temperature=0.8, seed=0)
         run.log_page(f"samples/epoch_{report.epoch:03d}.txt", sample + "\n")
         for name, due in (("best", report.is_best), ("last", True)):

@@ -1,4 +1,4 @@
-"""What a study searches: a trial's suggestions as changes to a config. Knows the shape of a trial, not Optuna."""
+"""What a study searches: a trial's suggestions as changes to a config. Knows nothing of Optuna."""
 
 from __future__ import annotations
 

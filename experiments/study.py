@@ -187,9 +187,7 @@ def figures(study: optuna.Study) -> list[tuple[str, str, go.Figure]]:
     shares = importances(study)
     if shares:
         bars = go.Figure(go.Bar(x=list(shares.values()), y=list(shares), orientation="h"))
-        made.append(
-            ("Importances", "Share of the variation that goes with each parameter (PED-ANOVA).", bars)
-        )
+        made.append(("Importances", "Share of the variation that goes with each parameter (PED-ANOVA).", bars))
     made += [
         ("Parallel coordinates", "A line is a trial; drag along an axis to keep only some.",
          visualization.plot_parallel_coordinate(study, params=params, target_name="perplexity")),

@@ -1,4 +1,4 @@
-"""MLflow: the store, runs with their true status, metrics, artifacts. Knows neither Optuna nor the training loop.
+"""MLflow: the store, runs with their true status, metrics, artifacts. Knows neither Optuna nor training.
 
 A run is FINISHED only when its `with` block ends by itself; pruned and interrupted runs are KILLED, broken ones
 FAILED, each with its reason as the tag `lm.reason`.
@@ -165,10 +165,7 @@ class Tracker:
 
     def charts_link(self, base: str) -> str:
         """Address of the charts page that compares the experiment's runs."""
-        return (
-            f"{base}/#/experiments/{self.experiment_id}/runs"
-            "?workflowType=machine_learning&compareRunsMode=CHART"
-        )
+        return f"{base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
 
     def compare_link(self, base: str, run_ids: Sequence[str]) -> str:
         """Address of the page that compares some runs, parallel coordinates first."""

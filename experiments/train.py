@@ -17,9 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_flags(parser)
     parser.add_argument("--run-name", help="the run's name in MLflow (default: corpus and preset)")
     parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="go on with this run, by id or name, from its last epoch"
-    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run, by id or name, from its last epoch")
     args = parser.parse(argv)
     config = cli.config_of(args)
 

@@ -107,9 +107,7 @@ def search(study: optuna.Study, tracker: Tracker, plan: Plan) -> None:
     from experiments import study as studies
 
     began, done_before = time.perf_counter(), studies.count(study)
-    bar = tqdm(
-        total=plan.trials, initial=min(done_before, plan.trials), desc="trials", disable=not cli.is_terminal()
-    )
+    bar = tqdm(total=plan.trials, initial=min(done_before, plan.trials), desc="trials", disable=not cli.is_terminal())
     while (done := studies.count(study)) < plan.trials:
         outcome = run_trial(study, tracker, plan)
         done = studies.count(study)
@@ -150,14 +148,10 @@ def run_trial(study: optuna.Study, tracker: Tracker, plan: Plan) -> str:
         with tracker.run(f"trial {trial.number:02d}", tags) as run:
             trial.set_user_attr(studies.RUN_ID, run.id)
             config = plan.config.override(point)
-            for last in runs.train_and_log(
-                config, plan.text, run, plan.seed_text, progress=cli.is_terminal()
-            ):
+            for last in runs.train_and_log(config, plan.text, run, plan.seed_text, progress=cli.is_terminal()):
                 trial.report(last.validation.perplexity, last.epoch)
                 if trial.should_prune():
-                    raise PrunedError(
-                        f"pruned after epoch {last.epoch}: worse than the median of earlier trials"
-                    )
+                    raise PrunedError(f"pruned after epoch {last.epoch}: worse than the median of earlier trials")
     except PrunedError as e:
         studies.tell_pruned(study, trial)
         return f"{words}  {e}"

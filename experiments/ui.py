@@ -18,9 +18,7 @@ from lm.errors import UserError
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, print links, become the MLflow server until Ctrl-C."""
     parser = cli.Parser(__doc__ or "")
-    parser.add_argument(
-        "--port", type=int, default=5000, help="port of the UI on this machine (default: 5000)"
-    )
+    parser.add_argument("--port", type=int, default=5000, help="port of the UI on this machine (default: 5000)")
     args = parser.parse(argv)
     _require_free(args.port)
 

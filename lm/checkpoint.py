@@ -113,9 +113,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     if not folder.exists() and _retired(folder).exists():
         folder = _retired(folder)  # the process died between the two renames of `save`
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"a checkpoint must be a folder with config.json: got {folder}. Try a run's last or best."
-        )
+        raise UserError(f"a checkpoint must be a folder with config.json: got {folder}. Try a run's last or best.")
     try:
         about: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         version = about["format_version"]

@@ -76,18 +76,14 @@ class _Section:
 class DataConfig(_Section):
     """Which text, how it is split and how it becomes tokens."""
 
-    corpus: str = _field(
-        "auto", "wikiqa, sample, auto (WikiQA if at hand, else the sample), or a file's path"
-    )
+    corpus: str = _field("auto", "wikiqa, sample, auto (WikiQA if at hand, else the sample), or a file's path")
     question_column: str = _field("question", "column of the question in a csv, tsv, jsonl or parquet file")
     answer_column: str = _field("answer", "column of the answer")
     validation_fraction: float = _field(0.1, "share of questions held out for validation (no own splits)")
     test_fraction: float = _field(0.1, "share of questions held out for test (no own splits)")
     split_seed: int = _field(0, "seed of the split by question")
     tokenizer: str = _field("word", "lower-cased words, or byte-level BPE", choices=("word", "bpe"))
-    min_count: int = _field(
-        2, "occurrences in train that make a word (or a BPE merge) part of the vocabulary"
-    )
+    min_count: int = _field(2, "occurrences in train that make a word (or a BPE merge) part of the vocabulary")
     bpe_vocab_size: int = _field(8000, "size of the vocabulary that BPE stops at")
 
     def __post_init__(self) -> None:
@@ -199,10 +195,7 @@ class Config:
             UserError: a name that no section has (with the nearest one), or a value against its rule.
         """
         refuse_unknown(flat)
-        parts = [
-            section(**{f.name: flat[f.name] for f in fields(section) if f.name in flat})
-            for section in SECTIONS
-        ]
+        parts = [section(**{f.name: flat[f.name] for f in fields(section) if f.name in flat}) for section in SECTIONS]
         data, model, train = cast(tuple[DataConfig, ModelConfig, TrainConfig], tuple(parts))
         return cls(data=data, model=model, train=train)
 

@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -154,9 +155,7 @@ def load_corpus(
     if name == "auto":
         name = "wikiqa" if wikiqa_dir is not None or _wikiqa_cached() or _hub_reachable() else "sample"
     if name == "wikiqa":
-        source, splits = (
-            _wikiqa_release(wikiqa_dir, cache_dir) if wikiqa_dir else _wikiqa_hub(wikiqa_revision)
-        )
+        source, splits = _wikiqa_release(wikiqa_dir, cache_dir) if wikiqa_dir else _wikiqa_hub(wikiqa_revision)
     elif name == "sample":
         source, splits = "the package chatterbot-corpus (English)", _split_by_key(_sample_pairs(), config)
     else:
@@ -258,7 +257,7 @@ def _sample_pairs() -> list[tuple[str, str]]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for file in sorted((Path(spec.origin).parent / "data" / "english").glob("*.yml")):
         for turns in yaml.load(file.read_text(encoding="utf-8"), loader)["conversations"]:
-            for question, answer in zip(turns, turns[1:], strict=False):
+            for question, answer in pairwise(turns):
                 if isinstance(question, str) and isinstance(answer, str):
                     pairs.append((question.strip().lower(), _join(question, answer)))
     return pairs
@@ -277,10 +276,8 @@ def _read_csv(files: dict[str, Path], cache_dir: Path, separator: str) -> Any:
 
     quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
     first = next(iter(files.values()))
-    opened = (
-        gzip.open(first, "rt", encoding="utf-8") if first.suffix == ".gz" else first.open(encoding="utf-8")
-    )
-    with opened as f:
+    opener = gzip.open if first.suffix == ".gz" else open
+    with opener(first, "rt", encoding="utf-8") as f:
         header = next(csv.reader(f, delimiter=separator, quoting=quoting), [])
     features = datasets.Features({column: datasets.Value("string") for column in header})
     names = {split: str(path) for split, path in files.items()}
@@ -317,13 +314,9 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
         raise
     except Exception as e:
         if "corresponds to no data" in str(e):  # a header without rows
-            raise UserError(
-                f"corpus must have at least one record: got none in {path}. Try --corpus sample."
-            ) from e
+            raise UserError(f"corpus must have at least one record: got none in {path}. Try --corpus sample.") from e
         cause = str(e.__cause__ or e).splitlines()[0][:150]
-        raise UserError(
-            f"corpus must be readable as {suffix[1:]}: got {path} ({cause}). Try a plain .txt file."
-        ) from e
+        raise UserError(f"corpus must be readable as {suffix[1:]}: got {path} ({cause}). Try a plain .txt file.") from e
     question, answer = config.question_column, config.answer_column
     for flag, column in (("question", question), ("answer", answer)):
         if column not in table.column_names:
@@ -400,9 +393,7 @@ def _wikiqa_hub(revision: str) -> tuple[str, Records]:
 
 
 def _wikiqa_records(table: Any, question: str, answer: str) -> Records:
-    splits = {
-        s: [_join(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS
-    }
+    splits = {s: [_join(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS}
     sizes = {s: len(splits[s]) for s in SPLITS}
     if sizes != WIKIQA_RECORDS:
         raise UserError(
@@ -415,9 +406,7 @@ def _wikiqa_cached() -> bool:
     from huggingface_hub import constants
 
     parsed = Path(constants.HF_HOME) / "datasets" / WIKIQA.replace("/", "___")
-    return (
-        parsed.is_dir() or (Path(constants.HF_HUB_CACHE) / f"datasets--{WIKIQA.replace('/', '--')}").is_dir()
-    )
+    return parsed.is_dir() or (Path(constants.HF_HUB_CACHE) / f"datasets--{WIKIQA.replace('/', '--')}").is_dir()
 
 
 def _hub_reachable() -> bool:

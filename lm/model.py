@@ -166,9 +166,7 @@ class Decoder(nn.Module):
         if shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(shape.seq_len, shape.d_model) * 0.02)
         else:
-            self.register_buffer(
-                "positions", sinusoidal_positions(shape.seq_len, shape.d_model), persistent=False
-            )
+            self.register_buffer("positions", sinusoidal_positions(shape.seq_len, shape.d_model), persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.n_layers))
         self.final_norm = nn.LayerNorm(shape.d_model) if shape.norm == "pre" else nn.Identity()
         self.head = nn.Linear(shape.d_model, vocab_size)

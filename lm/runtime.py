@@ -62,11 +62,7 @@ def seed_everything(seed: int) -> None:
 
 def describe(device: torch.device, precision: torch.dtype) -> str:
     """One line: device, precision and threads."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     short = "bf16" if precision == torch.bfloat16 else "fp32"
     threads = f", {torch.get_num_threads()} threads of {os.cpu_count()}" if device.type == "cpu" else ""
     return f"{device.type} ({name}), {short}{threads}"

@@ -31,9 +31,7 @@ class Vocab:
         self.unk_id = 0
 
     @classmethod
-    def build(
-        cls, texts: Iterable[str], kind: str = "word", min_count: int = 2, bpe_vocab_size: int = 8000
-    ) -> Vocab:
+    def build(cls, texts: Iterable[str], kind: str = "word", min_count: int = 2, bpe_vocab_size: int = 8000) -> Vocab:
         """Count tokens in `texts` (train alone) and keep those seen `min_count` times or more.
 
         Raises:
@@ -42,9 +40,7 @@ class Vocab:
         if kind == "word":
             tokenizer = Tokenizer(models.WordLevel({UNK: 0}, unk_token=UNK))
             tokenizer.normalizer = normalizers.Lowercase()
-            tokenizer.pre_tokenizer = pre_tokenizers.Split(
-                Regex(WORD_PATTERN), behavior="removed", invert=True
-            )
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
             trainer = trainers.WordLevelTrainer(
                 vocab_size=_UNLIMITED, min_frequency=min_count, special_tokens=[UNK], show_progress=False
             )
@@ -122,6 +118,5 @@ class Vocab:
             return cls(Tokenizer.from_str(json.dumps(saved["tokenizer"])), saved["kind"])
         except Exception as e:  # tokenizers raises bare Exception on malformed input
             raise UserError(
-                f"a vocabulary must be the JSON that this project wrote: got {e}. "
-                "Try another copy of the checkpoint."
+                f"a vocabulary must be the JSON that this project wrote: got {e}. Try another copy of the checkpoint."
             ) from e

@@ -98,8 +98,9 @@ def lab(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     folder.mkdir()
     for name in ("mlflow.db", "optuna.db"):
         shutil.copy(empty_store / name, folder / name)
-    for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE", "MLFLOW_EXPERIMENT_NAME", "LM_WIKIQA_DIR"):
-        monkeypatch.setenv(name, "")
+    for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE", "LM_WIKIQA_DIR"):
+        monkeypatch.setenv(name, "")  # empty is unset, also where the user's .env sets it
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lm")
     monkeypatch.setenv("LM_MLRUNS_DIR", str(folder))
     return folder
 

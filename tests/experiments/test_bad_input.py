@@ -63,9 +63,7 @@ def test_an_empty_corpus_a_missing_column_and_a_file_that_is_not_text(
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "columns.csv").write_text("q,a\nhow?,so\n")
     (tmp_path / "picture.csv").write_bytes(b"\x89PNG\r\n\0\0")
-    assert fails(["--corpus", str(tmp_path / "empty.csv")], capsys).startswith(
-        "corpus must hold text: got the empty"
-    )
+    assert fails(["--corpus", str(tmp_path / "empty.csv")], capsys).startswith("corpus must hold text: got the empty")
     missing = fails(["--corpus", str(tmp_path / "columns.csv")], capsys)
     assert missing.endswith("got 'question', the file has q, a. Try --question-column q.")
     assert fails(["--corpus", str(tmp_path / "picture.csv")], capsys).startswith("corpus must be UTF-8 text")
@@ -77,9 +75,7 @@ def test_a_trial_zero_outside_the_space(lab: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_run_that_is_not_there(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fails(["--resume", "nothing"], capsys).startswith(
-        "a run must be named by its id or name: got 'nothing'"
-    )
+    assert fails(["--resume", "nothing"], capsys).startswith("a run must be named by its id or name: got 'nothing'")
 
 
 @pytest.mark.parametrize("place", ["/proc/no", "/dev/null/x"])
@@ -105,7 +101,5 @@ def test_a_bad_flag_costs_the_shell_one_line_and_exit_2(toy_csv: Path, lab: Path
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=os.environ, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert (
-        done.stderr == "train.py: n_heads must divide d_model: got d_model=16, n_heads=3. Try --n-heads 8.\n"
-    )
+    assert done.stderr == "train.py: n_heads must divide d_model: got d_model=16, n_heads=3. Try --n-heads 8.\n"
     assert not list((lab / "artifacts").glob("*"))

@@ -88,9 +88,7 @@ def test_a_bad_request_is_an_invalid_parameter(
     assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
 
 
-def test_the_champion_changes_for_a_better_model_or_another_corpus_only(
-    tracker: Tracker, folder: Path
-) -> None:
+def test_the_champion_changes_for_a_better_model_or_another_corpus_only(tracker: Tracker, folder: Path) -> None:
     def register(perplexity: float, corpus: str) -> export.Champion:
         return export.register_champion(tracker.client, *logged(tracker, folder), perplexity, corpus)
 

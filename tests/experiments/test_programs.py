@@ -61,9 +61,7 @@ def test_a_run_logs_all_that_is_promised(
     [model] = tracker.client.search_logged_models([tracker.experiment_id])
     assert run.data.tags["lm.model_id"] == model.model_id
     printed = capsys.readouterr().out
-    assert (
-        len(re.findall(r"^epoch \d/2  train loss .* validation loss .* tokens/s", printed, re.MULTILINE)) == 2
-    )
+    assert len(re.findall(r"^epoch \d/2  train loss .* validation loss .* tokens/s", printed, re.MULTILINE)) == 2
     assert "Next: python experiments/ui.py" in printed
 
 
@@ -211,9 +209,7 @@ def test_a_killed_study_is_taken_up_with_its_total(tracker: Tracker, flags: list
 def test_ctrl_c_closes_the_run_and_queues_the_trial(tracker: Tracker, flags: list[str]) -> None:
     long = [*flags, "--epochs", "4000", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
     command = [sys.executable, str(ROOT / "experiments/tune.py"), *long, "--trials", "1"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         begun = tracker.client.search_runs([tracker.experiment_id])

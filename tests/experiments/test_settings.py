@@ -17,9 +17,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_defaults_are_absolute_whatever_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_defaults_are_absolute_whatever_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = Settings.load(tmp_path / "no.env")
     assert settings.mlruns == ROOT / "mlruns"
@@ -30,9 +28,7 @@ def test_defaults_are_absolute_whatever_the_working_directory(
 
 def test_environment_wins_over_env_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / ".env"
-    file.write_text(
-        "LM_MLRUNS_DIR=/from/file\nOPTUNA_STORAGE=postgresql://u:p@host/db\nLM_WIKIQA_DIR=data/wikiqa\n"
-    )
+    file.write_text("LM_MLRUNS_DIR=/from/file\nOPTUNA_STORAGE=postgresql://u:p@host/db\nLM_WIKIQA_DIR=data/wikiqa\n")
     settings = Settings.load(file)
     assert settings.mlruns == Path("/from/file")
     assert settings.tracking_uri == "sqlite:////from/file/mlflow.db"
@@ -42,9 +38,7 @@ def test_environment_wins_over_env_file_over_default(tmp_path: Path, monkeypatch
     assert Settings.load(file).mlruns == Path("/from/environment")
 
 
-def test_a_relative_sqlite_uri_is_taken_from_the_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_sqlite_uri_is_taken_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlruns/mlflow.db")
     assert Settings.load(tmp_path / "no.env").tracking_uri == f"sqlite:///{ROOT}/mlruns/mlflow.db"
 

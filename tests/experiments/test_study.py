@@ -60,9 +60,7 @@ def test_a_dead_process_gives_its_trial_back(study: optuna.Study) -> None:
     point = suggest(trial)
     suggest(mine)
     trial.set_user_attr(studies.RUN_ID, "run of the dead")
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     host = trial.user_attrs["owner"].split(":")[0]
     trial.set_user_attr("owner", f"{host}:{gone.stdout.strip()}")
     assert studies.release_dead(study) == ["run of the dead"]

@@ -87,9 +87,7 @@ def test_runs_are_found_by_id_and_by_name(tracker: Tracker) -> None:
     with tracker.run("plain", {}) as named:
         pass
     assert tracker.find_run("plain").info.run_id == named.id
-    with pytest.raises(
-        UserError, match=r"a run must be named by its id or name: got 'nothing'.*Try --resume"
-    ):
+    with pytest.raises(UserError, match=r"a run must be named by its id or name: got 'nothing'.*Try --resume"):
         tracker.find_run("nothing")
 
 
@@ -103,15 +101,12 @@ def test_everything_is_under_the_folder_of_the_laboratory(tracker: Tracker, lab:
 def test_links_hold_the_experiment_and_the_runs(tracker: Tracker) -> None:
     link = tracker.compare_link("http://x", ["a", "b"])
     assert (
-        link
-        == f"http://x/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%22{tracker.experiment_id}%22%5D"
+        link == f"http://x/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%22{tracker.experiment_id}%22%5D"
     )
     assert "compareRunsMode=CHART" in tracker.charts_link("http://x")
 
 
-def test_an_unreachable_store_is_one_line_without_the_password(
-    lab: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_store_is_one_line_without_the_password(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
     with pytest.raises(UserError, match="the store must be reachable and writable") as caught:

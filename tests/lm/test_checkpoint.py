@@ -26,9 +26,7 @@ def folder(
     return tmp_path / "last"
 
 
-def test_a_checkpoint_needs_only_its_folder(
-    folder: Path, toy_config: Config, toy_text: TokenizedCorpus
-) -> None:
+def test_a_checkpoint_needs_only_its_folder(folder: Path, toy_config: Config, toy_text: TokenizedCorpus) -> None:
     assert sorted(p.name for p in folder.iterdir()) == FILES
     loaded = checkpoint.load(folder)
     assert loaded.config == toy_config
@@ -42,9 +40,7 @@ def test_a_checkpoint_needs_only_its_folder(
 def test_a_file_cut_in_half_is_refused(name: str, folder: Path) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        UserError, match=r"a checkpoint('s files)? must be .*Try the run's other checkpoint"
-    ) as caught:
+    with pytest.raises(UserError, match=r"a checkpoint('s files)? must be .*Try the run's other checkpoint") as caught:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
 

@@ -120,13 +120,9 @@ def test_evaluation_windows_hold_each_target_once_in_order(n: int, seq_len: int,
     assert len(batches) == windows.n_batches(batch_size, tail=True)
 
 
-@given(
-    n=st.integers(21, 200), seq_len=st.integers(1, 20), batch_size=st.integers(1, 9), seed=st.integers(0, 99)
-)
+@given(n=st.integers(21, 200), seq_len=st.integers(1, 20), batch_size=st.integers(1, 9), seed=st.integers(0, 99))
 @settings(deadline=None)
-def test_a_training_pass_takes_each_full_window_once(
-    n: int, seq_len: int, batch_size: int, seed: int
-) -> None:
+def test_a_training_pass_takes_each_full_window_once(n: int, seq_len: int, batch_size: int, seed: int) -> None:
     windows = Windows(np.arange(n, dtype=np.uint16), seq_len)
     batches = list(windows.shuffled(batch_size, seed))
     targets = sorted(int(t) for _, y in batches for t in y.flatten())

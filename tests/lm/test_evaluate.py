@@ -61,13 +61,9 @@ def test_chunked_cross_entropy_equals_torchs_own(
     logits = (3 * torch.randn(4, 3, 50, generator=generator)).to(dtype)
     targets = torch.randint(0, 50, (4, 3), generator=generator)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(
-        theirs.flatten(0, 1).float(), targets.flatten(), reduction="sum"
-    )
+    expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1).float(), targets.flatten(), reduction="sum")
     (expected / 12).backward()
     result = nats(ours, targets)
     (result / 12).backward()
     torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(
-        ours.grad, theirs.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5
-    )
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -34,8 +34,7 @@ def test_greedy_with_the_cache_equals_greedy_without_also_past_the_window(model:
 
 def test_equal_seeds_give_equal_text(model: Decoder) -> None:
     first, same, other = (
-        generate.generate_text(model, VOCAB, "the cat", max_length=12, temperature=1.5, seed=s)
-        for s in (1, 1, 2)
+        generate.generate_text(model, VOCAB, "the cat", max_length=12, temperature=1.5, seed=s) for s in (1, 1, 2)
     )
     assert first == same != other
     assert first.startswith("the cat")
@@ -50,9 +49,7 @@ def test_only_the_likeliest_token_is_left_by_top_k_one_and_by_a_small_top_p(mode
 
 @given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0.01, 1), st.floats(0.05, 5))
 @settings(deadline=None)
-def test_sampling_keeps_to_the_tokens_that_are_left(
-    seed: int, top_k: int, top_p: float, temperature: float
-) -> None:
+def test_sampling_keeps_to_the_tokens_that_are_left(seed: int, top_k: int, top_p: float, temperature: float) -> None:
     logits = torch.randn(10, generator=torch.Generator().manual_seed(seed))
     drawn = generate.sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(seed))
     order = logits.argsort(descending=True).tolist()
@@ -92,9 +89,7 @@ def test_the_model_is_left_in_its_mode(model: Decoder) -> None:
         ({"seed": -5}, "seed must be from 0"),
     ],
 )
-def test_a_parameter_out_of_range_is_refused(
-    model: Decoder, arguments: dict[str, float], message: str
-) -> None:
+def test_a_parameter_out_of_range_is_refused(model: Decoder, arguments: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate.generate_text(model, VOCAB, "the cat", **arguments)  # type: ignore[arg-type]
 

@@ -96,9 +96,7 @@ def test_decoder_equals_torch_encoder_with_a_causal_mask(norm: str, activation: 
         "norm2.weight": "norm_feed_forward.weight", "norm2.bias": "norm_feed_forward.bias",
     }  # fmt: skip
     own = model.state_dict()
-    copied = {
-        f"layers.{i}.{a}": own[f"layers.{i}.{b}"] for i in range(shape.n_layers) for a, b in names.items()
-    }
+    copied = {f"layers.{i}.{a}": own[f"layers.{i}.{b}"] for i in range(shape.n_layers) for a, b in names.items()}
     if norm == "pre":
         copied |= {"norm.weight": own["final_norm.weight"], "norm.bias": own["final_norm.bias"]}
     theirs.load_state_dict(copied)
@@ -108,9 +106,7 @@ def test_decoder_equals_torch_encoder_with_a_causal_mask(norm: str, activation: 
     torch.testing.assert_close(model(ids())[0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"norm": "pre"}, {"tie_embeddings": True}], ids=["recipe", "pre", "tied"]
-)
+@pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"tie_embeddings": True}], ids=["recipe", "pre", "tied"])
 def test_first_loss_is_near_the_logarithm_of_the_vocabulary(changes: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = Decoder(ModelConfig(n_layers=2, **changes), 5000).eval()  # type: ignore[arg-type]

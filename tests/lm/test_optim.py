@@ -18,9 +18,7 @@ def test_without_decay_it_is_adam() -> None:
             optimizer.zero_grad()
             model(x)[0].logsumexp(-1).sum().backward()
             optimizer.step()
-    torch.testing.assert_close(
-        ours(x)[0], theirs(x)[0]
-    )  # key biases move by rounding alone; logits do not see them
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])  # key biases move by rounding alone; logits do not see them
 
 
 def test_only_matrices_decay() -> None:

@@ -28,9 +28,7 @@ def test_one_batch_is_learned_by_heart(toy_config: Config, toy_text: TokenizedCo
     assert reports[-1].validation.nll < 0.1
 
 
-def test_learning_beats_the_uniform_guess(
-    toy_config: Config, toy_text: TokenizedCorpus, new_state: New
-) -> None:
+def test_learning_beats_the_uniform_guess(toy_config: Config, toy_text: TokenizedCorpus, new_state: New) -> None:
     reports = run(new_state(toy_config), toy_text, toy_config.override({"epochs": 6}))
     assert reports[-1].validation.nll < 0.6 * math.log(len(toy_text.vocab))
     assert [r.epoch for r in reports] == [1, 2, 3, 4, 5, 6]
@@ -56,9 +54,7 @@ def test_two_epochs_and_two_resumed_equal_four(
     second = run(loaded.state, toy_text, loaded.config)
 
     def figures(reports: list[train.EpochReport]) -> list[tuple[float, ...]]:
-        return [
-            (r.epoch, r.step, r.train.nats, r.validation.nats, r.grad_norm, r.lr, r.best_nll) for r in reports
-        ]
+        return [(r.epoch, r.step, r.train.nats, r.validation.nats, r.grad_norm, r.lr, r.best_nll) for r in reports]
 
     assert figures(first + second) == figures(unbroken)
 

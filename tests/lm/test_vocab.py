@@ -64,9 +64,7 @@ def test_an_id_outside_is_refused(vocab: Vocab) -> None:
         vocab.tokens([len(vocab)])
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", json.dumps({"kind": "word", "tokenizer": {"version": "9"}})]
-)
+@pytest.mark.parametrize("text", ["", "{}", "[1]", json.dumps({"kind": "word", "tokenizer": {"version": "9"}})])
 def test_a_damaged_vocabulary_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="vocabulary must be the JSON"):
         Vocab.from_json(text)
