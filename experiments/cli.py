@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,14 @@ from typing import Any, NoReturn
 
 from lm.config import PRESETS, SECTIONS, Config
 from lm.errors import DivergedError, UserError
+
+_MENDABLE = {
+    errno.ENOSPC: "the disk must have room",
+    errno.EDQUOT: "the disk must have room",
+    errno.EROFS: "files must be writable",
+    errno.EACCES: "files must be readable and writable",
+}
+"""Errors of the operating system that a person can mend, and their rule."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,8 +63,8 @@ def add_config_flags(parser: Parser, **changed_defaults: Any) -> None:
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        default="reference",
-        help="reference recipe, or a tiny model for a first look",
+        default=None,
+        help="reference recipe, or a tiny model for a first look (default: reference)",
     )
     for section in SECTIONS:
         group = parser.add_argument_group((section.__doc__ or "").split("\n")[0])
@@ -82,7 +91,7 @@ def given(namespace: argparse.Namespace) -> dict[str, Any]:
 
 def config_of(namespace: argparse.Namespace, **changed_defaults: Any) -> Config:
     """The config: the program's defaults, then the preset, then the flags that were given."""
-    return Config.from_flat({**changed_defaults, **PRESETS[namespace.preset], **given(namespace)})
+    return Config.from_flat({**changed_defaults, **PRESETS[namespace.preset or "reference"], **given(namespace)})
 
 
 def is_terminal() -> bool:
@@ -100,13 +109,14 @@ def duration(seconds: float) -> str:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a program: exit 0; 2 with one line for what the user can mend; 1 for a failed training; 130 interrupted.
 
-    SIGTERM is treated as an interrupt, so that a run is closed with its true status.
+    SIGTERM and SIGHUP are treated as an interrupt, so that a run is closed with its true status.
     """
 
     def interrupt(signum: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, interrupt)
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         main()
@@ -119,11 +129,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         sys.exit(1)
     except OSError as e:
-        if e.errno is None:
+        if e.errno not in _MENDABLE:
             raise
-        where = f" {e.filename}" if e.filename else ""
+        where = f": {e.filename}" if e.filename else ""
         print(
-            f"{name}: the store must be writable: got {e.strerror}{where}. Try LM_MLRUNS_DIR=/another/folder.",
+            f"{name}: {_MENDABLE[e.errno]}: got {e.strerror}{where}. Try LM_MLRUNS_DIR=/another/folder.",
             file=sys.stderr,
         )
         sys.exit(2)

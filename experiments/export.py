@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
@@ -85,45 +87,51 @@ def log_model(
 
 
 def register_champion(
-    client: mlflow.MlflowClient, run_id: str, model_id: str, perplexity: float, corpus_digest: str
+    client: mlflow.MlflowClient, run_id: str, model_id: str, perplexity: float, tokens_digest: str
 ) -> Champion:
     """Register a model as a version of `lm` and give it the alias `champion`.
 
-    The alias stays where it is if its model has a better validation perplexity on the same corpus.
+    The alias stays where it is if its model has a better validation perplexity on the same tokens. On other tokens,
+    of another text or another vocabulary, perplexities cannot be compared: then the newer study's model has it.
     """
-    current = _champion(client)
-    if current is not None and current.run_id == run_id:
-        return Champion(str(current.version), False, "it is the champion already")
     try:
         client.create_registered_model(REGISTERED)
     except MlflowException as e:
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {"validation_perplexity": f"{perplexity:.4f}", "corpus_digest": corpus_digest}
-    made = client.create_model_version(REGISTERED, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
-    if current is not None and current.tags.get("corpus_digest") == corpus_digest:
+    current = _champion(client)
+    made = next(iter(client.search_model_versions(f"name = '{REGISTERED}' and run_id = '{run_id}'")), None)
+    if made is None:
+        tags = {"validation_perplexity": f"{perplexity:.4f}", "tokens_digest": tokens_digest}
+        made = client.create_model_version(REGISTERED, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
+    if current is not None:
+        if str(current.version) == str(made.version):
+            return Champion(str(current.version), False, "it is the champion already")
         standing = float(current.tags["validation_perplexity"])
-        if standing <= perplexity:
-            reason = f"version {current.version} stays: {standing:.2f} against {perplexity:.2f} on the same corpus"
+        if current.tags["tokens_digest"] == tokens_digest and standing <= perplexity:
+            reason = f"{standing:.2f} against {perplexity:.2f} of version {made.version} on the same tokens"
             return Champion(str(current.version), False, reason)
-    client.set_registered_model_alias(REGISTERED, CHAMPION, made.version)
+    client.set_registered_model_alias(REGISTERED, CHAMPION, str(made.version))
     return Champion(str(made.version), True, f"validation perplexity {perplexity:.2f}")
 
 
-def _champion(client: mlflow.MlflowClient):
+def _champion(client: mlflow.MlflowClient) -> ModelVersion | None:
     try:
         return client.get_model_version_by_alias(REGISTERED, CHAMPION)
-    except MlflowException:
-        return None
+    except MlflowException as e:
+        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, or no such alias
+            return None
+        raise
 
 
 def serve_command(tracking_uri: str) -> str:
     """The command that serves the champion, to be pasted into a shell."""
     mlflow_program = Path(sys.executable).parent / "mlflow"
+    place = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)}"
     if urlsplit(tracking_uri).password:
-        tracking_uri = "$MLFLOW_TRACKING_URI"  # a password does not belong on the terminal
+        place = "MLFLOW_TRACKING_URI=$MLFLOW_TRACKING_URI"  # a password does not belong on the terminal
     program = str(mlflow_program) if mlflow_program.exists() else "mlflow"
     return (
-        f"MLFLOW_TRACKING_URI={tracking_uri} {program} models serve "
+        f"{place} {shlex.quote(program)} models serve "
         f"-m models:/{REGISTERED}@{CHAMPION} -p {SERVE_PORT} --env-manager local"
     )

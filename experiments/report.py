@@ -42,13 +42,16 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     """Print the trials against trial 0, write and log the page, register the winner, and print the links."""
     from experiments import export
     from experiments import study as studies
-    from experiments.tracking import UI_PORT
 
     ranked = studies.finished(study)
     header, rows = table(study, ranked)
-    print("\n" + _columns(header, rows[:_ROWS]))
-    if len(rows) > _ROWS:
-        print(f"... and {len(rows) - _ROWS} more")
+    recipe = studies.origin(study)
+    shown = rows[:_ROWS] + [row for row in rows[_ROWS:] if recipe and row[0] == str(recipe.number)]
+    print("\n" + _columns(header, shown))
+    if len(rows) > len(shown):
+        print(f"... and {len(rows) - len(shown)} more on the page below")
+    for trial in studies.failed(study):
+        print(f"trial {trial.number} failed: {tracker.reason(trial.user_attrs[studies.RUN_ID])}")
     path, summary_id = write_page(study, tracker, ranked)
     complete = [t for t in ranked if t.state.name == "COMPLETE"]
     if register and complete:
@@ -58,11 +61,11 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
             complete[0].user_attrs[studies.RUN_ID],
             tags["lm.model_id"],
             studies.best_value(complete[0]),
-            tags["lm.corpus_digest"],
+            tags["lm.tokens_digest"],
         )
         what = "is now" if champion.moved else "stays"
         print(f"\n{export.REGISTERED}@{export.CHAMPION} {what} version {champion.version}: {champion.reason}")
-    base = f"http://127.0.0.1:{UI_PORT}"
+    base = tracker.ui_address()
     run_ids = [t.user_attrs[studies.RUN_ID] for t in ranked if studies.RUN_ID in t.user_attrs]
     print(f"\nreport   {path}")
     print("browse   python experiments/ui.py, which opens")
@@ -78,7 +81,8 @@ def table(study: optuna.Study, ranked: Sequence[FrozenTrial]) -> tuple[list[str]
     from experiments import study as studies
 
     params = studies.space_of(study)
-    origin = next((studies.best_value(t) for t in ranked if t.number == 0), None)
+    recipe = studies.origin(study)
+    origin = studies.best_value(recipe) if recipe else None
     rows: list[list[str]] = []
     for trial in ranked:
         value = studies.best_value(trial)

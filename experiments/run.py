@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,15 +36,22 @@ def read_text(config: DataConfig, settings: Settings) -> Text:
     return Text(corpus, data.tokenize(corpus, config, settings.cache))
 
 
-def check_seed_text(text: Text, seed_text: str | None) -> str:
-    """The seed text of generated samples: the one given, or the first words of the validation text.
+def check(text: Text, config: Config, seed_text: str | None) -> str:
+    """Check what only the text can tell, before any run begins, and return the seed text of generated samples.
+
+    Returns:
+        the seed text that was given, or the first known words of the validation text.
 
     Raises:
-        UserError: none of its words is in the vocabulary.
+        UserError: a split shorter than a window, or a seed text without a word of the vocabulary.
     """
+    vocab = text.tokens.vocab
+    for split in ("train", "validation"):
+        text.tokens.windows(split, config.model.seq_len)
     if seed_text is None:
-        return text.tokens.vocab.decode([int(i) for i in text.tokens.ids["validation"][:_SAMPLE_PROMPT_TOKENS]])
-    generate.encode_prompt(text.tokens.vocab, seed_text)
+        known = (int(i) for i in text.tokens.ids["validation"] if i != vocab.unk_id)
+        seed_text = vocab.decode(list(itertools.islice(known, _SAMPLE_PROMPT_TOKENS)))
+    generate.encode_prompt(vocab, seed_text)
     return seed_text
 
 
@@ -55,6 +64,8 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
     Raises:
         UserError: another field changed, nothing left to do, no checkpoint or a damaged one, another corpus.
     """
+    if run.is_live():
+        raise UserError(f"a run must have ended to be resumed: got {run.name}, which is running. Try when it has.")
     fixed = sorted(set(changes) - {"epochs", "patience", "device"})
     if fixed:
         raise UserError(
@@ -62,8 +73,16 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
             "Try --epochs, --patience or --device alone, or a new run."
         )
     folder = run.fetch_checkpoint("last")
-    config = checkpoint.load(folder).config.override(changes)
-    loaded = checkpoint.load(folder, runtime.resolve_device(config.train.device))
+    loaded = checkpoint.load(folder)
+    config = loaded.config.override(changes)
+    if config.train.schedule != "constant" and config.train.epochs != loaded.config.train.epochs:
+        raise UserError(
+            f"a {config.train.schedule} schedule must keep its length: got --epochs {config.train.epochs}, the run has "
+            f"{loaded.config.train.epochs}. Try a new run."
+        )
+    device = runtime.resolve_device(config.train.device)
+    if device.type != "cpu":
+        loaded = checkpoint.load(folder, device)
     text = read_text(config.data, settings)
     if loaded.corpus_digest != text.corpus.digest:
         raise UserError(
@@ -73,6 +92,11 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
     done = loaded.state.epochs_done
     if done >= config.train.epochs:
         raise UserError(f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}.")
+    if train.out_of_patience(loaded.state, config.train):
+        raise UserError(
+            f"a run that its patience ended needs more of it to go on: got --patience {config.train.patience}. "
+            f"Try --patience {config.train.patience + 5}."
+        )
     return config, text, loaded.state
 
 
@@ -98,7 +122,14 @@ def train_and_log(
         run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
         run.log_corpus(text.corpus)
     precision = runtime.resolve_precision(config.train.precision, device)
-    run.log_tags({"lm.device": runtime.describe(device, precision)})
+    tokens_digest = hashlib.sha256(f"{text.corpus.digest} {vocab.to_json()}".encode()).hexdigest()
+    run.log_tags(
+        {
+            "lm.device": runtime.describe(device, precision),
+            "lm.tokens_digest": tokens_digest,
+            "lm.epochs": config.train.epochs,  # a resumed run may have more than its param says, which is fixed
+        }
+    )
     probe = _probe(windows["validation"], config)
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
         run.log_epoch(report)

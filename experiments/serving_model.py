@@ -5,12 +5,13 @@ MLflow stores this file beside the checkpoint and a copy of `lm`, and runs it; n
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import mlflow.models
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from lm import checkpoint, generate
@@ -19,7 +20,8 @@ from lm.errors import UserError
 PARAMS: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1}
 """Sampling parameters and their defaults; a seed of -1 draws a new one for each call."""
 
-LIMITS = {"inputs": 64, "characters": 10_000, "max_new_tokens": 1_000}
+LIMITS = {"inputs": 64, "characters": 10_000, "max_new_tokens": 1_000, "new_tokens_in_all": 4_000}
+"""A request within these ends well before the server's own limit of 60 seconds."""
 
 
 class ServedModel(PythonModel):
@@ -62,6 +64,8 @@ class ServedModel(PythonModel):
                 f"be from 1 to {LIMITS['max_new_tokens']}",
                 new,
             )
+            total, most = new * len(model_input), LIMITS["new_tokens_in_all"]
+            _require(total <= most, "max_new_tokens times inputs", f"be at most {most}", total)
             seed = None if values["seed"] == -1 else int(values["seed"])
             sampling = {name: values[name] for name in ("temperature", "top_k", "top_p")}
             return [
@@ -70,6 +74,9 @@ class ServedModel(PythonModel):
             ]
         except UserError as e:
             raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from e
+        except Exception as e:  # what is ours to mend stays in the log
+            logging.getLogger(__name__).exception("prediction failed")
+            raise MlflowException("the model failed; the server's log says why", error_code=INTERNAL_ERROR) from e
 
 
 def _require(holds: bool, name: str, rule: str, got: object) -> None:

@@ -1,13 +1,11 @@
 """Optuna: the storage, the study, its trials and its figures. Knows neither MLflow nor training.
 
-The total of a study counts trials that are complete, pruned, running, waiting, or failed for good; a trial whose
-process died or was interrupted is queued again with the same parameters and does not count twice.
+The total of a study counts trials that are complete, pruned, running, or failed for good; a trial whose process died
+or was interrupted is queued again with the same parameters, and counts when it is taken up.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from experiments.process import is_gone, own_name
 from lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ _OWNER = "owner"
 _FAILED_FOR_GOOD = "failed_for_good"
 _REQUEUED = "requeued"
 _STARTUP_TRIALS = 4
-_WARMUP_EPOCHS = 2
+_FIRST_PRUNED_EPOCH = 2
 
 
 def open_storage(uri: str) -> optuna.storages.RDBStorage:
@@ -44,24 +43,16 @@ def open_storage(uri: str) -> optuna.storages.RDBStorage:
         ) from e
 
 
-def open_study(
-    storage: optuna.storages.RDBStorage, name: str, seed: int, first_point: Mapping[str, Any]
-) -> optuna.Study:
-    """Create the study, with the recipe's own point as trial 0, or go on with it.
-
-    The sampler's seed is that of the call plus the trials already there: a study that is continued does not
-    draw the same points again.
-    """
+def open_study(storage: optuna.storages.RDBStorage, name: str, first_point: Mapping[str, Any]) -> optuna.Study:
+    """Create the study, with the recipe's own point as trial 0, or go on with it."""
     study = optuna.create_study(
         storage=storage,
         study_name=name,
         direction="minimize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=_WARMUP_EPOCHS),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=_FIRST_PRUNED_EPOCH),
     )
-    n_trials = len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(seed=seed + n_trials, n_startup_trials=5)
-    if n_trials == 0:
+    if not study.get_trials(deepcopy=False):
         study.enqueue_trial(dict(first_point))
     return study
 
@@ -75,44 +66,35 @@ def count(study: optuna.Study) -> int:
     )
 
 
-def ask(study: optuna.Study) -> Trial:
-    """The next trial, marked as this process's."""
+def ask(study: optuna.Study, total: int, seed: int) -> Trial | None:
+    """The next trial, marked as this process's; None if the study has its total. The caller holds the store's lock.
+
+    What a trial draws follows from the seed, its number and the trials before it: neither two processes nor a
+    study that is continued draw the same point twice.
+    """
+    if count(study) >= total:
+        return None
+    n_trials = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + n_trials) % 2**32, n_startup_trials=_STARTUP_TRIALS)
     trial = study.ask()
-    trial.set_user_attr(_OWNER, f"{platform.node()}:{os.getpid()}")
+    trial.set_user_attr(_OWNER, own_name())
     return trial
 
 
-def release_dead(study: optuna.Study) -> list[str]:
-    """Fail and queue again the running trials whose process on this machine is gone.
-
-    Returns:
-        MLflow run ids of those trials.
-    """
-    run_ids: list[str] = []
+def release_dead(study: optuna.Study) -> None:
+    """Fail and queue again the running trials whose process on this host is gone. The caller holds the store's lock."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, _, pid = trial.user_attrs.get(_OWNER, "").rpartition(":")
-        if host == platform.node() and not _alive(int(pid)):
+        if is_gone(trial.user_attrs.get(_OWNER, "")):
             requeue(study, trial)
-            if RUN_ID in trial.user_attrs:
-                run_ids.append(trial.user_attrs[RUN_ID])
-    return run_ids
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def requeue(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
-    """Tell a trial as failed and queue its parameters again."""
+    """Tell a trial as failed and queue its parameters again, also those it was queued with and had not yet drawn."""
+    frozen = study.get_trials(deepcopy=False)[trial.number]
+    queued: dict[str, Any] = frozen.system_attrs.get("fixed_params", {})
     study.tell(trial.number, state=TrialState.FAIL)
-    if trial.params:
-        study.enqueue_trial(dict(trial.params), user_attrs={_REQUEUED: trial.number})
+    if params := {**queued, **frozen.params}:
+        study.enqueue_trial(params, user_attrs={_REQUEUED: trial.number})
 
 
 def tell_pruned(study: optuna.Study, trial: Trial) -> None:
@@ -130,6 +112,22 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     """Complete and pruned trials, best first; a pruned one stands with its best epoch."""
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     return sorted(study.get_trials(deepcopy=False, states=states), key=best_value)
+
+
+def origin(study: optuna.Study) -> FrozenTrial | None:
+    """The finished trial of the recipe's own point: trial 0, or the one that took it up after an interruption."""
+    trials = study.get_trials(deepcopy=False)
+    number, found = 0, trials[0] if trials else None
+    for trial in trials[1:]:
+        if trial.user_attrs.get(_REQUEUED) == number:
+            number, found = trial.number, trial
+    return found if found is not None and found.intermediate_values else None
+
+
+def failed(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that failed for good."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return [t for t in trials if _FAILED_FOR_GOOD in t.user_attrs]
 
 
 def best_value(trial: FrozenTrial) -> float:

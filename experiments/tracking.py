@@ -21,11 +21,11 @@ from urllib.parse import quote, unquote, urlsplit
 
 import mlflow
 from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
+from experiments.process import is_gone, own_name
 from experiments.settings import ROOT, Settings
 from lm.errors import UserError
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lm.train import EpochReport
 
 UI_PORT = 5000
+_OWNER = "lm.process"
 _PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
 
 
@@ -62,13 +63,15 @@ class Tracker:
         """
         quiet()
         self.settings = settings
-        self.client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
-        mlflow.set_tracking_uri(settings.tracking_uri)
-        mlflow.set_registry_uri(settings.tracking_uri)
         with store_lock(settings):
             try:
+                mlflow.set_tracking_uri(settings.tracking_uri)
+                mlflow.set_registry_uri(settings.tracking_uri)
+                self.client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
                 self.experiment_id = self._experiment()
-            except MlflowException as e:
+            except UserError:
+                raise
+            except Exception as e:  # MLflow's, SQLAlchemy's and the drivers' errors have no common base
                 password = urlsplit(settings.tracking_uri).password
                 got = f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}"
                 if password:
@@ -77,6 +80,13 @@ class Tracker:
                     f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
+        self._close_dead_runs()
+
+    def _close_dead_runs(self) -> None:
+        """Close RUNNING runs whose process on this host has ended: a killed process cannot do it itself."""
+        for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+            if is_gone(run.data.tags.get(_OWNER, "")):
+                self.close(run.info.run_id, "KILLED", "its process died")
 
     def _experiment(self) -> str:
         name = self.settings.experiment
@@ -97,9 +107,10 @@ class Tracker:
         This is the one place that decides a run's status.
         """
         if run_id is None:
-            all_tags = {**_origin_tags(), **tags}
+            all_tags = {**_origin_tags(), **tags, _OWNER: own_name()}
             run_id = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id
         else:
+            self.client.set_tag(run_id, _OWNER, own_name())
             self.client.update_run(run_id, status="RUNNING")
         run = TrackedRun(self.client, self.client.get_run(run_id), self.settings.mlruns / "work")
         try:
@@ -121,34 +132,37 @@ class Tracker:
             self.client.set_tag(run_id, "lm.reason", reason[:5000])
         self.client.set_terminated(run_id, status)
 
+    def reason(self, run_id: str) -> str:
+        """Why a run did not end by itself; empty if it did."""
+        return self.client.get_run(run_id).data.tags.get("lm.reason", "")
+
     def find_run(self, name_or_id: str) -> MlflowRun:
         """A run of this experiment by its id, or the newest by its name.
 
         Raises:
             UserError: there is none.
         """
-        runs = self.client.search_runs(
-            [self.experiment_id],
-            f"attributes.run_name = '{name_or_id.replace(chr(39), '')}'",
-            ViewType.ACTIVE_ONLY,
-            max_results=1,
+        newest = self.client.search_runs([self.experiment_id], max_results=1000)
+        for run in newest:
+            if name_or_id in (run.info.run_id, run.info.run_name):
+                return run
+        remedy = f"--resume {newest[0].info.run_id}" if newest else "a first run without --resume"
+        raise UserError(
+            f"a run must be named by its id or name: got {name_or_id!r}, which is not in experiment "
+            f"{self.settings.experiment!r}. Try {remedy}."
         )
-        if runs:
-            return runs[0]
-        try:
-            return self.client.get_run(name_or_id)
-        except MlflowException as e:
-            newest = self.client.search_runs([self.experiment_id], max_results=1)
-            remedy = f"--resume {newest[0].info.run_id}" if newest else "a first run without --resume"
-            raise UserError(
-                f"a run must be named by its id or name: got {name_or_id!r}, which is not in experiment "
-                f"{self.settings.experiment!r}. Try {remedy}."
-            ) from e
 
     def runs_of_study(self, study: str, kind: str = "trial") -> list[MlflowRun]:
         """Runs tagged with a study's name, newest first; kind is `trial`, or `study` for its summary run."""
         query = f"tags.`lm.study` = '{study}' and tags.`lm.kind` = '{kind}'"
         return list(self.client.search_runs([self.experiment_id], query, max_results=1000))
+
+    def ui_address(self, port: int = UI_PORT) -> str:
+        """Where the UI is: the tracking server, or the one that `ui.py` opens on this machine."""
+        parts = urlsplit(self.settings.tracking_uri)
+        if not parts.scheme.startswith("http"):
+            return f"http://127.0.0.1:{port}"
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
     def studies(self, most: int = 3) -> list[tuple[str, list[str], str | None]]:
         """The newest studies: name, run ids of the trials, id of the summary run."""
@@ -219,6 +233,11 @@ class TrackedRun:
         """The run's tags as they stand now."""
         return dict(self.client.get_run(self.id).data.tags)
 
+    def is_live(self) -> bool:
+        """Whether the run is open in a process that may be alive."""
+        run = self.client.get_run(self.id)
+        return run.info.status == "RUNNING" and not is_gone(run.data.tags.get(_OWNER, ""))
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log all params at once; equal values may be logged again."""
         self.client.log_batch(self.id, params=[Param(k, str(v)) for k, v in params.items()])
@@ -281,14 +300,16 @@ def store_lock(settings: Settings) -> FileLock:
     Raises:
         UserError: the folder of the store cannot be written.
     """
+    folder = settings.mlruns
     try:
-        settings.mlruns.mkdir(parents=True, exist_ok=True)
-        probe = settings.mlruns / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        for folder in {settings.mlruns, _local_path(settings.artifact_root) or settings.mlruns}:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
     except OSError as e:
         raise UserError(
-            f"the store must be writable: got {e.strerror} for {settings.mlruns}. Try LM_MLRUNS_DIR=/another/folder."
+            f"the store must be writable: got {e.strerror} for {folder}. Try LM_MLRUNS_DIR=/another/folder."
         ) from e
     return FileLock(settings.mlruns / ".lock", timeout=120)
 
@@ -303,11 +324,9 @@ def _origin_tags() -> dict[str, str]:
     tags = {f"version.{name}": version(name) for name in _PACKAGES}
     tags |= {"version.python": platform.python_version(), "lm.host": platform.node()}
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode == 0:
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-        tags |= {
-            "mlflow.source.git.commit": commit.stdout.strip(),
-            "lm.uncommitted_changes": str(bool(changed.stdout)),
-        }
-    return tags
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as e:
+        return tags | {"lm.code_version": f"unknown: {getattr(e, 'stderr', None) or e}"[:200]}
+    return tags | {"mlflow.source.git.commit": commit.strip(), "lm.uncommitted_changes": str(bool(changed))}

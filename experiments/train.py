@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments import cli
+from lm.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from experiments import run as runs
     from experiments.settings import Settings
-    from experiments.tracking import UI_PORT, TrackedRun, Tracker
+    from experiments.tracking import TrackedRun, Tracker
     from lm import runtime
 
     settings = Settings.load()
     tracker = Tracker(settings)
     state, run_id = None, None
     if args.resume:
+        if args.preset or args.run_name:
+            raise UserError("a resumed run must keep its preset and name: got one of them. Try --resume alone.")
         found = tracker.find_run(args.resume)
         run_id = found.info.run_id
         tracked = TrackedRun(tracker.client, found, settings.mlruns / "work")
@@ -42,15 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"on {runtime.describe(device, runtime.resolve_precision(config.train.precision, device))}",
         flush=True,
     )
-    seed_text = runs.check_seed_text(text, args.seed_text)
+    seed_text = runs.check(text, config, args.seed_text)
 
-    name = args.run_name or f"{text.corpus.name}-{args.preset}"
-    with tracker.run(name, {"lm.kind": "train", "lm.preset": args.preset}, run_id) as run:
+    preset = args.preset or "reference"
+    name = args.run_name or f"{text.corpus.name}-{preset}"
+    with tracker.run(name, {"lm.kind": "train", "lm.preset": preset}, run_id) as run:
         reports = runs.train_and_log(config, text, run, seed_text, state, progress=cli.is_terminal())
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
     print(f"run {run.name} ({run.id}) is finished. Next: python experiments/ui.py, which opens")
-    print(tracker.run_link(f"http://127.0.0.1:{UI_PORT}", run.id))
+    print(tracker.run_link(tracker.ui_address(), run.id))
 
 
 if __name__ == "__main__":

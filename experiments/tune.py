@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_flags(parser, patience=PATIENCE)
     args = parser.parse(argv)
     config = cli.config_of(args, patience=PATIENCE)
-    check(config, args.trials)
+    check(config, args.trials, args.study)
 
     from experiments import report
     from experiments import run as runs
@@ -67,20 +68,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = runtime.resolve_device(config.train.device)
     print(text.corpus.describe())
     print(f"on {runtime.describe(device, runtime.resolve_precision(config.train.precision, device))}")
-    name = study_name(args.study or args.preset, text, config)
-    plan = Plan(name, config, text, runs.check_seed_text(text, args.seed_text), args.trials, args.preset)
+    preset = args.preset or "reference"
+    name = study_name(args.study or preset, text, config)
+    plan = Plan(name, config, text, runs.check(text, config, args.seed_text), args.trials, preset)
     with store_lock(settings):
         storage = studies.open_storage(settings.optuna_storage)
-        study = studies.open_study(storage, name, config.train.seed, {k: config.flat()[k] for k in SPACE})
-    for run_id in studies.release_dead(study):
-        tracker.close(run_id, "KILLED", "its process died")
+        study = studies.open_study(storage, name, {k: config.flat()[k] for k in SPACE})
+        studies.release_dead(study)
     print(f"study {name}: {studies.count(study)} of {plan.trials} trials are there", flush=True)
     search(study, tracker, plan)
     report.conclude(study, tracker)
 
 
-def check(config: Config, trials: int) -> None:
+def check(config: Config, trials: int, label: str | None) -> None:
     """Raise UserError unless the study can begin with the config's own point."""
+    if label is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", label):
+        raise UserError(f"study must be letters, digits, dots and dashes: got {label!r}. Try --study mine.")
     if trials < 1:
         raise UserError(f"trials must be at least 1: got {trials}. Try --trials 20.")
     for key, searched in SPACE.items():
@@ -96,7 +99,7 @@ def check(config: Config, trials: int) -> None:
 def study_name(label: str, text: Text, config: Config) -> str:
     """A name that changes with the text, the space and every hyperparameter, so that results cannot mix."""
     space = {key: searched.describe() for key, searched in SPACE.items()}
-    shared = json.dumps([config.flat(), space], sort_keys=True)
+    shared = json.dumps([{**config.flat(), "corpus": text.corpus.name}, space], sort_keys=True)
     return f"{label}-{text.corpus.name}-{text.corpus.digest[:8]}-{hashlib.sha256(shared.encode()).hexdigest()[:6]}"
 
 
@@ -105,16 +108,27 @@ def search(study: optuna.Study, tracker: Tracker, plan: Plan) -> None:
     from tqdm import tqdm
 
     from experiments import study as studies
+    from experiments.tracking import store_lock
 
     began, done_before = time.perf_counter(), studies.count(study)
-    bar = tqdm(total=plan.trials, initial=min(done_before, plan.trials), desc="trials", disable=not cli.is_terminal())
-    while (done := studies.count(study)) < plan.trials:
-        outcome = run_trial(study, tracker, plan)
+    bar = tqdm(
+        total=plan.trials,
+        initial=min(done_before, plan.trials),
+        desc="trials",
+        disable=not cli.is_terminal(),
+        bar_format="{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}",
+    )
+    while True:
+        with store_lock(tracker.settings):
+            trial = studies.ask(study, plan.trials, plan.config.train.seed)
+        if trial is None:
+            break
+        outcome = run_trial(study, trial, tracker, plan)
         done = studies.count(study)
         seconds_a_trial = (time.perf_counter() - began) / max(1, done - done_before)
         best = studies.finished(study)
         best_so_far = f"{studies.best_value(best[0]):.2f}" if best else "none"
-        left = cli.duration(seconds_a_trial * (plan.trials - done))
+        left = cli.duration(seconds_a_trial * max(0, plan.trials - done))
         bar.update(done - bar.n)
         bar.set_postfix(best=best_so_far, left=left)
         line = f"trial {done}/{plan.trials}  {outcome}  best {best_so_far}  about {left} left"
@@ -122,7 +136,7 @@ def search(study: optuna.Study, tracker: Tracker, plan: Plan) -> None:
     bar.close()
 
 
-def run_trial(study: optuna.Study, tracker: Tracker, plan: Plan) -> str:
+def run_trial(study: optuna.Study, trial: optuna.Trial, tracker: Tracker, plan: Plan) -> str:
     """One trial, in one run; returns its outcome in words.
 
     The `with` closes the run: FINISHED, KILLED when pruned or interrupted, FAILED when diverged. The clauses
@@ -134,7 +148,6 @@ def run_trial(study: optuna.Study, tracker: Tracker, plan: Plan) -> str:
     from experiments import study as studies
     from experiments.tracking import PrunedError
 
-    trial = studies.ask(study)
     words, last = "", None
     try:
         point = suggest(trial, SPACE)

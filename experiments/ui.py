@@ -27,22 +27,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = Settings.load()
     tracker = Tracker(settings)
-    remote = settings.tracking_uri.startswith("http")
-    base = settings.tracking_uri.rstrip("/") if remote else f"http://127.0.0.1:{args.port}"
+    base = tracker.ui_address(args.port)
     print(f"charts   {tracker.charts_link(base)}")
     for study, run_ids, summary_id in tracker.studies():
         print(f"study    {study}: {len(run_ids)} runs")
         print(f"compare  {tracker.compare_link(base, run_ids)}")
         if summary_id:
             print(f"report   {tracker.run_link(base, summary_id, 'report.html')}")
-    if remote:
+    if settings.tracking_uri.startswith("http"):
         print(f"The server is already there: {base}")
         return
     print("Ctrl-C stops the server.", flush=True)
     # One worker and no job consumers: two processes of about 250 MB in all, enough for one person.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", settings.tracking_uri]
-    command += ["--host", "127.0.0.1", "--port", str(args.port), "--workers", "1"]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = settings.tracking_uri  # an argument would show a password to `ps`
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(args.port), "--workers", "1"]
     os.chdir(ROOT)
     os.execv(sys.executable, command)
 

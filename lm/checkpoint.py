@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def save(
     The new one is written beside it and renamed, so a killed process leaves the old or the new one whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}-*"):  # drafts of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         weights = {k: v for k, v in state.model.state_dict().items() if not _is_tied(state.model, k)}
@@ -91,18 +94,21 @@ def save(
         }
         (draft / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
         draft.chmod(0o755)
+        for file in (*draft.iterdir(), draft):
+            _sync(file)
         old = _retired(folder)
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         draft.rename(folder)
+        _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
-    """Read a checkpoint and check every file against its digest.
+    """Read a checkpoint and check weights, moments and vocabulary against their digests.
 
     Args:
         device: where the weights go; the CPU by default.
@@ -149,6 +155,15 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
 
 def _retired(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk before a rename makes it count."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _is_tied(model: Decoder, name: str) -> bool:

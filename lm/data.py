@@ -7,21 +7,25 @@ another split and no token is a target twice.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import random
+import re
 import shutil
 import socket
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -152,16 +156,25 @@ def load_corpus(
         UserError: no such corpus, a missing column, a file that is not text, a split without records.
     """
     name = config.corpus
+    why_sample = ""
+    found: tuple[str, Records] | None = None
     if name == "auto":
-        name = "wikiqa" if wikiqa_dir is not None or _wikiqa_cached() or _hub_reachable() else "sample"
-    if name == "wikiqa":
+        name = "wikiqa" if wikiqa_dir else "sample"
+        if not wikiqa_dir and (_wikiqa_cached() or _hub_reachable()):
+            try:
+                name, found = "wikiqa", _wikiqa_hub(wikiqa_revision)
+            except UserError as e:
+                name, why_sample = "sample", f"; {e}"
+    if found:
+        source, splits = found
+    elif name == "wikiqa":
         source, splits = _wikiqa_release(wikiqa_dir, cache_dir) if wikiqa_dir else _wikiqa_hub(wikiqa_revision)
     elif name == "sample":
-        source, splits = "the package chatterbot-corpus (English)", _split_by_key(_sample_pairs(), config)
+        source, splits = f"the package chatterbot-corpus (English){why_sample}", _split_by_key(_sample_pairs(), config)
     else:
         path = Path(name).expanduser()
         source, splits = str(path), _split_by_key(_file_pairs(path, config, cache_dir), config)
-        name = path.stem.split(".")[0] or "file"
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]) or "file"
     for split in SPLITS:
         if not splits[split] and not (split == "test" and config.test_fraction == 0):
             raise UserError(
@@ -245,7 +258,11 @@ def _split_by_key(pairs: Sequence[tuple[str, str]], config: DataConfig) -> Recor
 
 
 def _sample_pairs() -> list[tuple[str, str]]:
-    """Consecutive turns of the conversations in chatterbot-corpus; entries that are not text are left out."""
+    """Consecutive turns of the conversations in chatterbot-corpus; entries that are not text are left out.
+
+    A middle turn is an answer and a question, and some turns stand in many conversations. So conversations that
+    share a turn have one key, and no sentence is on two sides of the split.
+    """
     import yaml
 
     spec = importlib.util.find_spec("chatterbot_corpus")
@@ -253,14 +270,24 @@ def _sample_pairs() -> list[tuple[str, str]]:
         raise UserError(
             "corpus sample must have its package: got no chatterbot-corpus. Try pip install chatterbot-corpus."
         )
-    pairs: list[tuple[str, str]] = []
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    for file in sorted((Path(spec.origin).parent / "data" / "english").glob("*.yml")):
+    folder = Path(spec.origin).parent / "data" / "english"
+    pairs: list[tuple[str, str]] = []
+    parent: dict[str, str] = {}
+
+    def key(turn: str) -> str:
+        turn = " ".join(turn.lower().split())
+        while (above := parent.setdefault(turn, turn)) != turn:
+            turn = above
+        return turn
+
+    for file in sorted(folder.glob("*.yml")):
         for turns in yaml.load(file.read_text(encoding="utf-8"), loader)["conversations"]:
             for question, answer in pairwise(turns):
                 if isinstance(question, str) and isinstance(answer, str):
-                    pairs.append((question.strip().lower(), _join(question, answer)))
-    return pairs
+                    parent[key(answer)] = key(question)
+                    pairs.append((question, _join(question, answer)))
+    return [(key(question), record) for question, record in pairs]
 
 
 def _read_table(kind: str, files: dict[str, str] | str, cache_dir: Path, **options: Any) -> Any:
@@ -276,12 +303,12 @@ def _read_csv(files: dict[str, Path], cache_dir: Path, separator: str) -> Any:
 
     quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
     first = next(iter(files.values()))
-    opener = gzip.open if first.suffix == ".gz" else open
-    with opener(first, "rt", encoding="utf-8") as f:
-        header = next(csv.reader(f, delimiter=separator, quoting=quoting), [])
+    with _open(first) as f, io.TextIOWrapper(f, encoding="utf-8-sig") as text:
+        header = next(csv.reader(text, delimiter=separator, quoting=quoting), [])
     features = datasets.Features({column: datasets.Value("string") for column in header})
     names = {split: str(path) for split, path in files.items()}
     options = {"sep": separator, "quoting": quoting, "keep_default_na": False, "features": features}
+    options["encoding"] = "utf-8-sig"  # as Excel writes it; the mark is optional
     return _read_table("csv", names, cache_dir, **options)
 
 
@@ -295,10 +322,11 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
     suffix = suffixes[-1].lower() if suffixes else ""
     if path.stat().st_size == 0:
         raise UserError(f"corpus must hold text: got the empty file {path}. Try --corpus sample.")
-    if suffix != ".parquet" and path.suffix != ".gz":
+    if suffix != ".parquet":
         _require_text(path)
     if suffix not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        text = path.read_text(encoding="utf-8")
+        with _open(path) as f:
+            text = f.read().decode("utf-8")
         parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
         records = [r for r in (" ".join(p.split()) for p in parts) if r]
         if not records:
@@ -332,18 +360,22 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
     return pairs
 
 
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked if its name ends in .gz."""
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
 def _require_text(path: Path) -> None:
-    with path.open("rb") as f:
-        head = f.read(1 << 20)
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        if b"\0" in head:
-            raise UnicodeDecodeError("utf-8", b"", 0, 1, "NUL byte")
-        head.decode("utf-8") if len(head) < 1 << 20 else head[:-4].decode("utf-8", errors="strict")
-    except UnicodeDecodeError as e:
-        if e.reason == "unexpected end of data":
-            return
+        with _open(path) as f:
+            while chunk := f.read(1 << 20):
+                if "\0" in decoder.decode(chunk):
+                    raise UserError(f"corpus must be UTF-8 text: got {path} (it holds NUL). Try a .txt or .csv file.")
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(
-            f"corpus must be UTF-8 text: got {path} ({e.reason} at byte {e.start}). Try converting it with iconv."
+            f"corpus must be UTF-8 text: got {path} ({type(e).__name__}). Try converting it with iconv."
         ) from e
 
 
@@ -375,21 +407,20 @@ def _wikiqa_release(folder: Path, cache_dir: Path) -> tuple[str, Records]:
 
 
 def _wikiqa_hub(revision: str) -> tuple[str, Records]:
-    """The hub's copy. Its revision is resolved to a commit, which is part of the source that a run logs."""
+    """The hub's copy, or the local cache of it; the source names the commit that the files came from."""
     import datasets
-    from huggingface_hub import HfApi
 
+    datasets.disable_progress_bars()
     try:
-        if not _wikiqa_cached():
-            revision = str(HfApi().dataset_info(WIKIQA, revision=revision).sha)
-        datasets.disable_progress_bars()
         table = datasets.load_dataset(WIKIQA, revision=revision)
     except Exception as e:
         raise UserError(
             f"corpus wikiqa must be in LM_WIKIQA_DIR, in the local cache or on the hub: got {type(e).__name__} "
             f"from the hub. Try --corpus sample."
         ) from e
-    return f"hub {WIKIQA}@{revision}", _wikiqa_records(table, "question", "answer")
+    files = " ".join(cast(Any, table)["train"].info.download_checksums or {})
+    commit = re.search(r"@([0-9a-f]{40})", files)
+    return f"hub {WIKIQA}@{commit.group(1) if commit else revision}", _wikiqa_records(table, "question", "answer")
 
 
 def _wikiqa_records(table: Any, question: str, answer: str) -> Records:
@@ -405,8 +436,7 @@ def _wikiqa_records(table: Any, question: str, answer: str) -> Records:
 def _wikiqa_cached() -> bool:
     from huggingface_hub import constants
 
-    parsed = Path(constants.HF_HOME) / "datasets" / WIKIQA.replace("/", "___")
-    return parsed.is_dir() or (Path(constants.HF_HUB_CACHE) / f"datasets--{WIKIQA.replace('/', '--')}").is_dir()
+    return (Path(constants.HF_HUB_CACHE) / f"datasets--{WIKIQA.replace('/', '--')}" / "snapshots").is_dir()
 
 
 def _hub_reachable() -> bool:

@@ -102,7 +102,7 @@ def evaluate(
         inputs_BT, targets_BT = inputs_BT.to(model.device), targets_BT.to(model.device)
         with autocast(model.device, precision):
             logits_BTV, _ = model(inputs_BT)
-        total += nats(logits_BTV, targets_BT).double().cpu()
+        total += nats(logits_BTV, targets_BT).cpu().double()
         tokens += targets_BT.numel()
         if progress is not None and i % 10 == 0:
             running = Evaluation(total.item(), tokens)

@@ -51,7 +51,13 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, gener
 def check_sampling(temperature: float, top_k: int, top_p: float, max_length: int, seed: int | None) -> None:
     """Raise UserError for a sampling parameter outside its range."""
     rules = (
-        ("temperature", temperature, 0 <= temperature < float("inf"), "be 0 (greedy) or above", 0.8),
+        (
+            "temperature",
+            temperature,
+            temperature == 0 or 1e-3 <= temperature < 1e3,
+            "be 0 (greedy) or 0.001 to 1000",
+            0.8,
+        ),
         ("top_k", top_k, top_k >= 0, "be 0 (off) or above", 0),
         ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1", 1.0),
         ("max_length", max_length, max_length >= 1, "be at least 1", 20),

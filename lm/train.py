@@ -70,7 +70,7 @@ def fit(
     device = state.model.device
     precision = runtime.resolve_precision(config.precision, device)
     total_steps = config.epochs * train.n_batches(config.batch_size, tail=False)
-    while state.epochs_done < config.epochs and not _out_of_patience(state, config):
+    while state.epochs_done < config.epochs and not out_of_patience(state, config):
         epoch = state.epochs_done + 1
         started = time.perf_counter()
         trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
@@ -98,7 +98,8 @@ def fit(
         )
 
 
-def _out_of_patience(state: TrainState, config: TrainConfig) -> bool:
+def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
+    """Whether so many epochs have passed without a better validation loss that training ends."""
     return config.patience > 0 and state.epochs_done - state.best_epoch >= config.patience
 
 
@@ -114,7 +115,8 @@ def _train_epoch(
     model, optimizer = state.model.train(), state.optimizer
     seed = epoch_seed(config.seed, state.epochs_done)
     runtime.seed_everything(seed)
-    total, tokens, lr = torch.zeros((), dtype=torch.float64, device="cpu"), 0, config.lr
+    tokens, lr = 0, config.lr
+    losses: list[torch.Tensor] = []  # left on the device until glanced at: each read would wait for it
     norms: list[torch.Tensor] = []
     bar = tqdm(
         train.shuffled(config.batch_size, seed),
@@ -135,14 +137,18 @@ def _train_epoch(
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total += loss_sum.detach().double().cpu()
+        losses.append(loss_sum.detach())
         tokens += targets_BT.numel()
         state.steps_done += 1
         if i % _STEPS_A_GLANCE == 0 or i + 1 == bar.total:
-            _require_finite(total.item(), norms[-_STEPS_A_GLANCE:], state)
-            running = Evaluation(total.item(), tokens)
+            running = Evaluation(_sum(losses), tokens)
+            _require_finite(running.nats, norms[-_STEPS_A_GLANCE:], state)
             bar.set_postfix(loss=f"{running.nll:.3f}", perplexity=f"{running.perplexity:.1f}")
-    return Evaluation(total.item(), tokens), lr, torch.stack(norms).float().cpu()
+    return Evaluation(_sum(losses), tokens), lr, torch.stack(norms).float().cpu()
+
+
+def _sum(losses: list[torch.Tensor]) -> float:
+    return torch.stack(losses).cpu().double().sum().item()
 
 
 def _require_finite(total: float, norms: list[torch.Tensor], state: TrainState) -> None:

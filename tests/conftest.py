@@ -73,6 +73,12 @@ def new_state(toy_text: TokenizedCorpus) -> Callable[[Config], TrainState]:
     return make
 
 
+def blank(patch: pytest.MonkeyPatch) -> None:
+    """Unset every place; an empty setting is unset also where the user's .env sets it."""
+    for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE", "LM_ARTIFACT_ROOT", "LM_WIKIQA_DIR", "LM_WIKIQA_REVISION"):
+        patch.setenv(name, "")
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both databases with their schemas, made once: creating them takes seconds."""
@@ -82,6 +88,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("empty-store")
     patch = pytest.MonkeyPatch()
+    blank(patch)
     patch.setenv("LM_MLRUNS_DIR", str(folder))
     patch.setenv("MLFLOW_EXPERIMENT_NAME", "Default")
     settings = Settings.load(Path(os.devnull))
@@ -98,8 +105,7 @@ def lab(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     folder.mkdir()
     for name in ("mlflow.db", "optuna.db"):
         shutil.copy(empty_store / name, folder / name)
-    for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE", "LM_WIKIQA_DIR"):
-        monkeypatch.setenv(name, "")  # empty is unset, also where the user's .env sets it
+    blank(monkeypatch)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lm")
     monkeypatch.setenv("LM_MLRUNS_DIR", str(folder))
     return folder

@@ -76,3 +76,7 @@ def test_the_tree_names_every_file_and_no_other() -> None:
 def test_pictures_and_pages_that_are_linked_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"@[A-Z]+@", README)

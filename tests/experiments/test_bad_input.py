@@ -55,6 +55,7 @@ def test_a_wrong_flag(
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("this machine has the device")
     assert fails(argv, capsys, program).startswith(message)
+    assert not list((lab / "artifacts").glob("*/*"))  # nothing was begun
 
 
 def test_an_empty_corpus_a_missing_column_and_a_file_that_is_not_text(
@@ -71,6 +72,7 @@ def test_an_empty_corpus_a_missing_column_and_a_file_that_is_not_text(
 
 def test_a_trial_zero_outside_the_space(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["--lr", "0.5"], capsys, tune).startswith("lr must lie in the searched range 1e-05 to 0.003")
+    assert fails(["--study", "it's"], capsys, tune).startswith("study must be letters, digits, dots and dashes")
     assert fails(["--trials", "0"], capsys, tune).startswith("trials must be at least 1: got 0.")
 
 
@@ -102,4 +104,4 @@ def test_a_bad_flag_costs_the_shell_one_line_and_exit_2(toy_csv: Path, lab: Path
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "train.py: n_heads must divide d_model: got d_model=16, n_heads=3. Try --n-heads 8.\n"
-    assert not list((lab / "artifacts").glob("*"))
+    assert not list((lab / "artifacts").glob("*/*"))

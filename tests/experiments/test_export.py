@@ -77,6 +77,7 @@ def test_a_loaded_model_continues_text_and_repeats_itself_for_a_seed(
         (["the"], {"temperature": -1.0}, "temperature must be 0"),
         (["the"], {"max_new_tokens": 0}, "max_new_tokens must be from 1 to 1000: got 0"),
         (["the"] * 65, {}, "inputs must be at most 64: got 65"),
+        (["the"] * 50, {"max_new_tokens": 100}, "max_new_tokens times inputs must be at most 4000: got 5000"),
         (["the " * 5000], {}, "an input must have at most 10000 characters: got 20000"),
     ],
 )
@@ -95,7 +96,7 @@ def test_the_champion_changes_for_a_better_model_or_another_corpus_only(tracker:
     assert register(9.0, "a") == export.Champion("1", True, "validation perplexity 9.00")
     worse = register(9.5, "a")
     assert (worse.version, worse.moved) == ("1", False)
-    assert "9.00 against 9.50" in worse.reason
+    assert worse.reason == "9.00 against 9.50 of version 2 on the same tokens"
     assert register(8.0, "a").version == "3"
     assert register(50.0, "b").version == "4"
     assert str(tracker.client.get_model_version_by_alias("lm", "champion").version) == "4"
@@ -106,9 +107,12 @@ def test_the_champion_is_not_registered_twice(tracker: Tracker, folder: Path) ->
     assert export.register_champion(tracker.client, run_id, model_id, 9.0, "a").moved
     again = export.register_champion(tracker.client, run_id, model_id, 9.0, "a")
     assert again == export.Champion("1", False, "it is the champion already")
-    assert len(tracker.client.search_model_versions("name = 'lm'")) == 1
+    export.register_champion(tracker.client, *logged(tracker, folder), 8.0, "a")
+    assert export.register_champion(tracker.client, run_id, model_id, 9.0, "a").version == "2"
+    assert len(tracker.client.search_model_versions("name = 'lm'")) == 2
 
 
 def test_the_serve_command_does_not_show_a_password() -> None:
     assert "MLFLOW_TRACKING_URI=sqlite:////x.db " in export.serve_command("sqlite:////x.db")
+    assert "MLFLOW_TRACKING_URI='sqlite:////my project/x.db' " in export.serve_command("sqlite:////my project/x.db")
     assert "secret" not in export.serve_command("http://user:secret@host")

@@ -100,6 +100,22 @@ def test_more_epochs_go_on_in_the_same_run(tracker: Tracker, flags: list[str]) -
         train.main(["--resume", "short", "--epochs", "3"])
     with pytest.raises(UserError, match="a resumed run must keep its config: got --lr"):
         train.main(["--resume", "short", "--lr", "1"])
+    with pytest.raises(UserError, match="a resumed run must keep its preset and name"):
+        train.main(["--resume", "short", "--preset", "tiny"])
+    assert tracker.find_run("short").data.tags["lm.epochs"] == "3"
+
+
+def test_a_run_that_cannot_go_on_says_why(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "cosine", "--schedule", "cosine"])
+    with pytest.raises(UserError, match="a cosine schedule must keep its length: got --epochs 5, the run has 2"):
+        train.main(["--resume", "cosine", "--epochs", "5"])
+    train.main([*flags, "--run-name", "ended", "--epochs", "60", "--patience", "1", "--lr", "0.03"])
+    with pytest.raises(UserError, match="a run that its patience ended needs more of it to go on: got --patience 1"):
+        train.main(["--resume", "ended"])
+    run = tracker.find_run("ended")
+    tracker.client.update_run(run.info.run_id, status="RUNNING")
+    with pytest.raises(UserError, match="a run must have ended to be resumed: got ended, which is running"):
+        train.main(["--resume", "ended", "--patience", "5"])
 
 
 def test_a_damaged_checkpoint_leaves_the_run_as_it_was(tracker: Tracker, flags: list[str], lab: Path) -> None:
@@ -185,7 +201,7 @@ def test_a_diverged_trial_fails_counts_and_does_not_end_the_study(
 
 
 def test_a_killed_study_is_taken_up_with_its_total(tracker: Tracker, flags: list[str]) -> None:
-    long = [*flags, "--epochs", "400", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
+    long = [*flags, "--epochs", "60", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
     command = [sys.executable, str(ROOT / "experiments/tune.py"), *long, "--trials", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
@@ -198,12 +214,13 @@ def test_a_killed_study_is_taken_up_with_its_total(tracker: Tracker, flags: list
     process.communicate()
     [killed] = tracker.client.search_runs([tracker.experiment_id])
     assert killed.info.status == "RUNNING"
+    tune.main([*long, "--trials", "2"])
     study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
-    assert studies.release_dead(study) == [killed.info.run_id]
-    assert studies.count(study) == 0
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].params == study.trials[0].params
+    ended = tracker.client.get_run(killed.info.run_id)
+    assert (ended.info.status, ended.data.tags["lm.reason"]) == ("KILLED", "its process died")
     assert len(perplexities(tracker, killed.info.run_id)) >= 2
-    again = studies.ask(study)
-    assert study.trials[again.number].system_attrs["fixed_params"]["lr"] == 0.003
 
 
 def test_ctrl_c_closes_the_run_and_queues_the_trial(tracker: Tracker, flags: list[str]) -> None:

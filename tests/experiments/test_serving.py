@@ -90,5 +90,5 @@ def test_the_champion_answers_text(champion: None, tmp_path: Path, env_manager: 
         assert ask(base, GOOD) == (status, answer)
         status, refused = ask(base, {**GOOD, "params": {"temperature": -1.0}})
         assert status == 400
-        assert "temperature must be 0 (greedy) or above: got -1.0" in str(refused["message"])
+        assert "temperature must be 0 (greedy) or 0.001 to 1000: got -1.0" in str(refused["message"])
         assert ask(base, GOOD)[0] == 200

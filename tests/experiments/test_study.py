@@ -7,9 +7,11 @@ import pytest
 from optuna.trial import TrialState
 
 from experiments import study as studies
+from experiments.process import is_gone, own_name
 from experiments.settings import Settings
 from lm.errors import UserError
 
+GONE = "from experiments.process import own_name; print(own_name())"
 POINT = {"n_layers": 4, "lr": 1e-4, "clip_norm": 0.5}
 
 
@@ -20,7 +22,13 @@ def storage(lab: Path) -> optuna.storages.RDBStorage:
 
 @pytest.fixture
 def study(storage: optuna.storages.RDBStorage) -> optuna.Study:
-    return studies.open_study(storage, "test", 0, POINT)
+    return studies.open_study(storage, "test", POINT)
+
+
+def ask(study: optuna.Study) -> optuna.Trial:
+    trial = studies.ask(study, total=99, seed=0)
+    assert trial is not None
+    return trial
 
 
 def suggest(trial: optuna.Trial) -> dict[str, float]:
@@ -30,7 +38,7 @@ def suggest(trial: optuna.Trial) -> dict[str, float]:
 
 
 def complete(study: optuna.Study, value: float) -> optuna.Trial:
-    trial = studies.ask(study)
+    trial = ask(study)
     suggest(trial)
     trial.report(value, 1)
     study.tell(trial, value)
@@ -38,43 +46,83 @@ def complete(study: optuna.Study, value: float) -> optuna.Trial:
 
 
 def test_trial_zero_is_the_recipes_own_point(study: optuna.Study) -> None:
-    assert suggest(studies.ask(study)) == POINT
+    assert suggest(ask(study)) == POINT
 
 
 def test_the_total_counts_all_but_interrupted_trials(study: optuna.Study) -> None:
     complete(study, 10.0)
-    pruned, failed, interrupted, running = (studies.ask(study) for _ in range(4))
+    pruned, failed, interrupted, running = (ask(study) for _ in range(4))
     for trial in (pruned, failed, interrupted, running):
         suggest(trial)
     studies.tell_pruned(study, pruned)
     studies.tell_failed(study, failed)
     studies.requeue(study, interrupted)
     assert studies.count(study) == 4
-    again = studies.ask(study)
+    again = ask(study)
     assert suggest(again) == study.trials[interrupted.number].params
     assert studies.count(study) == 5
 
 
 def test_a_dead_process_gives_its_trial_back(study: optuna.Study) -> None:
-    trial, mine = studies.ask(study), studies.ask(study)
+    trial, mine = ask(study), ask(study)
     point = suggest(trial)
     suggest(mine)
-    trial.set_user_attr(studies.RUN_ID, "run of the dead")
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    host = trial.user_attrs["owner"].split(":")[0]
-    trial.set_user_attr("owner", f"{host}:{gone.stdout.strip()}")
-    assert studies.release_dead(study) == ["run of the dead"]
+    gone = subprocess.run([sys.executable, "-c", GONE], capture_output=True, text=True, check=True)
+    trial.set_user_attr("owner", gone.stdout.strip())
+    studies.release_dead(study)
     states = [t.state for t in study.trials]
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
-    assert suggest(studies.ask(study)) == point
+    assert suggest(ask(study)) == point
+
+
+def test_a_process_of_the_same_pid_that_began_later_is_another(study: optuna.Study) -> None:
+    host, pid, start = own_name().rsplit(":", 2)
+    assert not is_gone(f"{host}:{pid}:{start}")
+    assert is_gone(f"{host}:{pid}:{int(start) - 1}")
+    assert not is_gone(f"elsewhere:{pid}:{start}")
+    assert not is_gone("")
+
+
+def test_no_trial_beyond_the_total_is_given_out(study: optuna.Study) -> None:
+    given = [studies.ask(study, total=2, seed=0) for _ in range(3)]
+    assert [t.number if t else None for t in given] == [0, 1, None]
+
+
+def test_an_interrupted_trial_zero_stays_the_one_to_compare_with(study: optuna.Study) -> None:
+    studies.requeue(study, ask(study))  # before it drew anything
+    assert studies.origin(study) is None
+    again = ask(study)
+    assert suggest(again) == POINT
+    again.report(7.0, 1)
+    study.tell(again, 7.0)
+    found = studies.origin(study)
+    assert found is not None
+    assert found.number == again.number
+
+
+def test_the_median_rule_prunes_from_the_second_epoch_and_after_four_trials(study: optuna.Study) -> None:
+    def learn(values: list[float]) -> int | None:
+        trial = ask(study)
+        suggest(trial)
+        for epoch, value in enumerate(values, 1):
+            trial.report(value, epoch)
+            if trial.should_prune():
+                studies.tell_pruned(study, trial)
+                return epoch
+        study.tell(trial, values[-1])
+        return None
+
+    assert [learn([100.0, 50.0, 20.0]) for _ in range(4)] == [None] * 4
+    assert learn([900.0, 800.0, 700.0]) == 2
+    assert learn([90.0, 40.0, 10.0]) is None
 
 
 def test_a_continued_study_draws_new_points(storage: optuna.storages.RDBStorage) -> None:
     points: list[dict[str, float]] = []
     for _ in range(2):
-        study = studies.open_study(storage, "again", 0, POINT)
+        study = studies.open_study(storage, "again", POINT)
         for _ in range(3):
-            trial = studies.ask(study)
+            trial = ask(study)
             points.append(suggest(trial))
             study.tell(trial, 1.0)
     assert len({tuple(p.values()) for p in points}) == 6
@@ -82,7 +130,7 @@ def test_a_continued_study_draws_new_points(storage: optuna.storages.RDBStorage)
 
 def test_the_ranking_counts_a_trials_best_epoch(study: optuna.Study) -> None:
     complete(study, 10.0)
-    trial = studies.ask(study)
+    trial = ask(study)
     suggest(trial)
     for epoch, value in enumerate((12.0, 9.0, 11.0), 1):
         trial.report(value, epoch)
@@ -95,7 +143,7 @@ def test_figures_can_be_made_of_one_trial_and_of_many(study: optuna.Study) -> No
     complete(study, 10.0)
     assert "Importances" not in [heading for heading, _, _ in studies.figures(study)]
     for _ in range(20):
-        trial = studies.ask(study)
+        trial = ask(study)
         value = suggest(trial)["n_layers"]
         trial.report(value, 1)
         study.tell(trial, value)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ def test_a_run_says_what_it_was_made_with(tracker: Tracker) -> None:
 
 
 def test_runs_are_found_by_id_and_by_name(tracker: Tracker) -> None:
+    with tracker.run("its mine", {}):
+        pass
     with tracker.run("it's mine", {}) as run:
         pass
     assert tracker.find_run(run.id).info.run_id == run.id
-    with tracker.run("plain", {}) as named:
-        pass
-    assert tracker.find_run("plain").info.run_id == named.id
+    assert tracker.find_run("it's mine").info.run_id == run.id
     with pytest.raises(UserError, match=r"a run must be named by its id or name: got 'nothing'.*Try --resume"):
         tracker.find_run("nothing")
 
@@ -124,11 +125,42 @@ tracker = Tracker(settings)
 with tracker.run("run", {}) as run:
     run.log_metrics({"x": 1.0}, 1)
 with store_lock(settings):
-    opened = study.open_study(study.open_storage(settings.optuna_storage), "one", 0, {"lr": 1e-3})
+    opened = study.open_study(study.open_storage(settings.optuna_storage), "one", {"lr": 1e-3})
 """
 
 
-@pytest.mark.slow
+def test_a_file_that_is_no_database_is_one_line(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (lab / "text.db").write_text("this is no database, and long enough to be sure of it\n" * 50)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{lab}/text.db")
+    with pytest.raises(UserError, match="the store must be reachable and writable") as caught:
+        Tracker(Settings.load())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artifact_root_that_cannot_be_written_stops_before_any_run(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LM_ARTIFACT_ROOT", "/proc/nope")
+    with pytest.raises(UserError, match=r"the store must be writable: got .* for /proc/nope"):
+        Tracker(Settings.load())
+
+
+def test_a_run_is_possible_without_git(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with tracker.run("test", {}) as run:
+        pass
+    assert run.tags()["lm.code_version"].startswith("unknown: ")
+
+
+def test_a_remote_ui_has_its_own_address_without_a_password(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(Settings.load())
+    assert tracker.ui_address(5050) == "http://127.0.0.1:5050"
+    monkeypatch.setattr(
+        tracker, "settings", replace(tracker.settings, tracking_uri="https://bob:secret@host:8/mlflow/")
+    )
+    assert tracker.ui_address() == "https://host:8/mlflow"
+
+
 def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

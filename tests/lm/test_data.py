@@ -63,6 +63,47 @@ def test_the_sample_needs_no_network_and_keeps_questions_apart(tmp_path: Path) -
     corpus = data.load_corpus(DataConfig(corpus="sample"), tmp_path)
     assert sum(len(corpus.splits[s]) for s in SPLITS) == 2393
     assert corpus.name == "sample"
+    assert len(corpus.splits["train"]) > 1500
+
+
+def test_no_sentence_of_the_sample_is_on_two_sides() -> None:
+    pairs = data._sample_pairs()
+    questions_of: dict[str, set[str]] = {}
+    import yaml
+
+    folder = Path(str(data.importlib.util.find_spec("chatterbot_corpus").origin)).parent / "data/english"  # type: ignore[union-attr]
+    turns = {
+        " ".join(turn.lower().split())
+        for file in folder.glob("*.yml")
+        for conversation in yaml.safe_load(file.read_text())["conversations"]
+        for turn in conversation
+        if isinstance(turn, str)
+    }
+    for key, record in pairs:
+        text = record.lower()
+        for end in range(1, len(text)):
+            if text[end] == " " and text[:end] in turns and text[end + 1 :] in turns:
+                questions_of.setdefault(text[:end], set()).add(key)
+                questions_of.setdefault(text[end + 1 :], set()).add(key)
+    assert len(questions_of) > 1000
+    assert all(len(keys) == 1 for keys in questions_of.values())
+
+
+def test_a_file_that_excel_wrote_is_read(tmp_path: Path) -> None:
+    file = write(tmp_path, ".csv")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert data.load_corpus(DataConfig(corpus=str(file)), tmp_path / "cache").splits["train"]
+
+
+def test_a_broken_download_of_wikiqa_is_said_and_the_sample_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    (hub / "datasets--microsoft--wiki_qa" / "snapshots").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    corpus = data.load_corpus(DataConfig(), tmp_path / "cache")
+    assert corpus.name == "sample"
+    assert "corpus wikiqa must be in LM_WIKIQA_DIR" in corpus.describe()
 
 
 def test_auto_without_hub_takes_the_sample_in_under_three_seconds(
@@ -151,6 +192,7 @@ def test_the_order_changes_with_the_seed() -> None:
         ),
         ("picture.txt", b"\x89PNG\r\n\x00\x01", "corpus must be UTF-8 text"),
         ("latin.csv", b"question,answer\nol\xe9?,s\xed\n", "corpus must be UTF-8 text"),
+        ("half.txt.gz", b"\x1f\x8b\x08\x00half", "corpus must be UTF-8 text"),
         ("broken.jsonl", b'{"question": "how?", "answer":\n', "corpus must be readable as jsonl"),
         ("fake.parquet", b"PAR1 and nothing else", "corpus must be readable as parquet"),
         ("one.csv", b"question,answer\nhow?,so\n", "corpus must have records in each split"),

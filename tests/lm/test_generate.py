@@ -72,16 +72,18 @@ def test_the_unknown_token_is_never_written(model: Decoder) -> None:
 
 
 def test_the_model_is_left_in_its_mode(model: Decoder) -> None:
-    model.train()
-    next(generate.generate_ids(model, [1], 3))
-    assert model.eval() is model
+    for mode in (True, False):
+        model.train(mode)
+        list(generate.generate_ids(model, [1], 3))
+        assert model.training is mode
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be 0 .greedy. or above: got -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0 .greedy. or 0.001 to 1000: got -1.0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 1e-40}, "temperature must be 0"),
         ({"top_k": -1}, "top_k must be 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1: got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0"),
