@@ -156,7 +156,7 @@ def latest_study(storage: optuna.storages.RDBStorage, name: str | None) -> optun
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Share of the variation of perplexity that goes with each parameter (PED-ANOVA).
+    """How much each parameter decides whether a trial is among the best (PED-ANOVA, Watanabe et al. 2023).
 
     Empty where there are too few trials to tell: Optuna warns then and calls all parameters equal.
     """
@@ -176,22 +176,23 @@ def figures(study: optuna.Study) -> list[tuple[str, str, go.Figure]]:
     from optuna import visualization
 
     params = space_of(study)
+    history = visualization.plot_optimization_history(study, target_name="validation perplexity")
+    epochs = visualization.plot_intermediate_values(study)
+    epochs.update_layout(xaxis_title="epoch", yaxis_title="validation perplexity")
+    parallel = visualization.plot_parallel_coordinate(study, params=params, target_name="perplexity")
+    slices = visualization.plot_slice(study, params=params, target_name="perplexity")
+    for figure in (history, epochs, slices):
+        figure.update_yaxes(type="log")  # a trial that did not learn would flatten the others
     made: list[tuple[str, str, go.Figure]] = [
-        ("History", "Each point is a trial that ran to its end; the line is the best so far.",
-         visualization.plot_optimization_history(study, target_name="validation perplexity")),
-        ("Epoch by epoch", "Validation perplexity of each trial as it learned; pruned trials stop early.",
-         visualization.plot_intermediate_values(study)),
-    ]  # fmt: skip
-    shares = importances(study)
-    if shares:
+        ("History", "Each point is a trial that ran to its end; the line is the best so far.", history),
+        ("Epoch by epoch", "Validation perplexity of each trial as it learned; pruned trials stop early.", epochs),
+    ]
+    if shares := importances(study):
         bars = go.Figure(go.Bar(x=list(shares.values()), y=list(shares), orientation="h"))
-        made.append(("Importances", "Share of the variation that goes with each parameter (PED-ANOVA).", bars))
+        how = "How much each parameter decides whether a trial is among the best (PED-ANOVA); rough for few trials."
+        made.append(("Importances", how, bars))
     made += [
-        ("Parallel coordinates", "A line is a trial; drag along an axis to keep only some.",
-         visualization.plot_parallel_coordinate(study, params=params, target_name="perplexity")),
-        ("Slices", "Perplexity against one parameter at a time; darker points came later.",
-         visualization.plot_slice(study, params=params, target_name="perplexity")),
-    ]  # fmt: skip
-    for _, _, figure in made:
-        figure.update_yaxes(type="log") if figure.layout.xaxis.title.text == "Step" else None
+        ("Parallel coordinates", "A line is a trial; drag along an axis to keep only some.", parallel),
+        ("Slices", "Perplexity against one parameter at a time; darker points came later.", slices),
+    ]
     return made

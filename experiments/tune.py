@@ -163,7 +163,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, tracker: Tracker, plan: 
             config = plan.config.override(point)
             for last in runs.train_and_log(config, plan.text, run, plan.seed_text, progress=cli.is_terminal()):
                 trial.report(last.validation.perplexity, last.epoch)
-                if trial.should_prune():
+                if last.epoch < config.train.epochs and trial.should_prune():
                     raise PrunedError(f"pruned after epoch {last.epoch}: worse than the median of earlier trials")
     except PrunedError as e:
         studies.tell_pruned(study, trial)

@@ -180,6 +180,15 @@ def test_a_pruned_trials_run_is_killed_and_says_when(
     assert len(perplexities(tracker, trials["1"].info.run_id)) == 1
 
 
+def test_a_trial_that_reached_its_last_epoch_is_complete(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda _: True)
+    tune.main([*flags, "--trials", "1", "--epochs", "1", "--lr", "0.003"])
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"]
+
+
 def test_a_diverged_trial_fails_counts_and_does_not_end_the_study(
     tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
