@@ -17,6 +17,7 @@ from experiments.tracking import TrackedRun
 from lm import attention, checkpoint, data, generate, runtime, train
 from lm.checkpoint import TrainState
 from lm.config import Config, DataConfig
+from lm.corpus import Corpus, load_corpus
 from lm.errors import UserError
 
 _SAMPLE_PROMPT_TOKENS = 4
@@ -26,13 +27,13 @@ _SAMPLE_PROMPT_TOKENS = 4
 class Text:
     """A corpus ready to train on."""
 
-    corpus: data.Corpus
+    corpus: Corpus
     tokens: data.TokenizedCorpus
 
 
 def read_text(config: DataConfig, settings: Settings) -> Text:
     """Read and tokenise the corpus, from the cache where it is there."""
-    corpus = data.load_corpus(config, settings.cache, settings.wikiqa_dir, settings.wikiqa_revision)
+    corpus = load_corpus(config, settings.cache, settings.wikiqa_dir, settings.wikiqa_revision)
     return Text(corpus, data.tokenize(corpus, config, settings.cache))
 
 

@@ -30,7 +30,7 @@ from experiments.settings import ROOT, Settings
 from lm.errors import UserError
 
 if TYPE_CHECKING:
-    from lm.data import Corpus
+    from lm.corpus import Corpus
     from lm.train import EpochReport
 
 UI_PORT = 5000

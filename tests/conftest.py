@@ -16,6 +16,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 from lm import data, runtime
 from lm.checkpoint import TrainState
 from lm.config import Config
+from lm.corpus import load_corpus
 from lm.data import TokenizedCorpus
 
 TOY: dict[str, int | float | str | bool] = {
@@ -58,7 +59,7 @@ def toy_config(toy_csv: Path) -> Config:
 @pytest.fixture
 def toy_text(toy_config: Config, tmp_path: Path) -> TokenizedCorpus:
     """The toy text as tokens."""
-    corpus = data.load_corpus(toy_config.data, tmp_path / "cache")
+    corpus = load_corpus(toy_config.data, tmp_path / "cache")
     return data.tokenize(corpus, toy_config.data, tmp_path / "cache")
 
 

@@ -1,5 +1,3 @@
-import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,120 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm import data
-from lm.config import Config, DataConfig
-from lm.data import SPLITS, Windows
+from lm.config import DataConfig
+from lm.corpus import load_corpus
+from lm.data import Windows
 from lm.errors import UserError
-from tests.conftest import toy_rows
-
-
-def write(folder: Path, suffix: str) -> Path:
-    file = folder / f"toy{suffix}"
-    rows = toy_rows()
-    if suffix == ".tsv":
-        text = "\n".join(["question\tanswer", *(f'{q}\t"{a}' for q, a in rows)])
-    elif suffix == ".csv":
-        text = "\n".join(["question,answer", *(f'"{q}","{a}"' for q, a in rows)])
-    elif suffix == ".jsonl":
-        text = "\n".join(json.dumps({"question": q, "answer": a}) for q, a in rows)
-    elif suffix == ".parquet":
-        import datasets
-
-        columns = {"question": [q for q, _ in rows], "answer": [a for _, a in rows]}
-        datasets.Dataset.from_dict(columns).to_parquet(str(file))
-        return file
-    else:
-        text = "\n".join(f"{q} {a}" for q, a in rows)
-    file.write_text(text + "\n", encoding="utf-8")
-    return file
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
-def test_every_kind_of_file_gives_all_records(suffix: str, tmp_path: Path) -> None:
-    corpus = data.load_corpus(DataConfig(corpus=str(write(tmp_path, suffix))), tmp_path / "cache")
-    records = [r for s in SPLITS for r in corpus.splits[s]]
-    quote = '"' if suffix == ".tsv" else ""
-    assert sorted(records) == sorted(f"{q} {quote}{a}" for q, a in toy_rows())
-    assert corpus.name == "toy"
-
-
-def test_no_question_is_on_two_sides(toy_csv: Path, tmp_path: Path) -> None:
-    corpus = data.load_corpus(DataConfig(corpus=str(toy_csv)), tmp_path / "cache")
-    sides = [{r.split("?")[0] for r in corpus.splits[s]} for s in SPLITS]
-    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    assert [len(s) for s in sides] == [64, 8, 8]
-
-
-def test_the_split_depends_on_its_seed_alone(toy_csv: Path, tmp_path: Path) -> None:
-    config = DataConfig(corpus=str(toy_csv))
-    first, again = (data.load_corpus(config, tmp_path / "cache") for _ in range(2))
-    other = data.load_corpus(replace(config, split_seed=1), tmp_path / "cache")
-    assert first.digest == again.digest != other.digest
-
-
-def test_the_sample_needs_no_network_and_keeps_questions_apart(tmp_path: Path) -> None:
-    corpus = data.load_corpus(DataConfig(corpus="sample"), tmp_path)
-    assert sum(len(corpus.splits[s]) for s in SPLITS) == 2393
-    assert corpus.name == "sample"
-    assert len(corpus.splits["train"]) > 1500
-
-
-def test_no_sentence_of_the_sample_is_on_two_sides() -> None:
-    pairs = data._sample_pairs()
-    questions_of: dict[str, set[str]] = {}
-    import yaml
-
-    folder = Path(str(data.importlib.util.find_spec("chatterbot_corpus").origin)).parent / "data/english"  # type: ignore[union-attr]
-    turns = {
-        " ".join(turn.lower().split())
-        for file in folder.glob("*.yml")
-        for conversation in yaml.safe_load(file.read_text())["conversations"]
-        for turn in conversation
-        if isinstance(turn, str)
-    }
-    for key, record in pairs:
-        text = record.lower()
-        for end in range(1, len(text)):
-            if text[end] == " " and text[:end] in turns and text[end + 1 :] in turns:
-                questions_of.setdefault(text[:end], set()).add(key)
-                questions_of.setdefault(text[end + 1 :], set()).add(key)
-    assert len(questions_of) > 1000
-    assert all(len(keys) == 1 for keys in questions_of.values())
-
-
-def test_a_file_that_excel_wrote_is_read(tmp_path: Path) -> None:
-    file = write(tmp_path, ".csv")
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert data.load_corpus(DataConfig(corpus=str(file)), tmp_path / "cache").splits["train"]
-
-
-def test_a_broken_download_of_wikiqa_is_said_and_the_sample_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = tmp_path / "hub"
-    (hub / "datasets--microsoft--wiki_qa" / "snapshots").mkdir(parents=True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    corpus = data.load_corpus(DataConfig(), tmp_path / "cache")
-    assert corpus.name == "sample"
-    assert "corpus wikiqa must be in LM_WIKIQA_DIR" in corpus.describe()
-
-
-def test_auto_without_hub_takes_the_sample_in_under_three_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    started = time.perf_counter()
-    assert data.load_corpus(DataConfig(), tmp_path).name == "sample"
-    assert time.perf_counter() - started < 3
 
 
 def test_vocabulary_comes_from_train_alone(toy_csv: Path, tmp_path: Path) -> None:
     config = DataConfig(corpus=str(toy_csv), min_count=1)
-    corpus = data.load_corpus(config, tmp_path / "cache")
+    corpus = load_corpus(config, tmp_path / "cache")
     corpus.splits["validation"].append("zebra zebra zebra")
     tokens = data.tokenize(corpus, config, tmp_path / "cache")
     assert tokens.vocab.encode("zebra") == [tokens.vocab.unk_id]
@@ -133,7 +26,7 @@ def test_tokens_are_read_from_the_cache_the_second_time(
     toy_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = DataConfig(corpus=str(toy_csv))
-    corpus = data.load_corpus(config, tmp_path / "cache")
+    corpus = load_corpus(config, tmp_path / "cache")
     first = data.tokenize(corpus, config, tmp_path / "cache")
     monkeypatch.setattr(data.Vocab, "build", lambda *_: pytest.fail("the cache was not used"))
     again = data.tokenize(corpus, config, tmp_path / "cache")
@@ -144,7 +37,7 @@ def test_tokens_are_read_from_the_cache_the_second_time(
 
 def test_another_tokenizer_has_another_cache(toy_csv: Path, tmp_path: Path) -> None:
     config = DataConfig(corpus=str(toy_csv))
-    corpus = data.load_corpus(config, tmp_path / "cache")
+    corpus = load_corpus(config, tmp_path / "cache")
     word = data.tokenize(corpus, config, tmp_path / "cache")
     bpe = data.tokenize(corpus, replace(config, tokenizer="bpe", bpe_vocab_size=300), tmp_path / "cache")
     assert (word.vocab.kind, bpe.vocab.kind) == ("word", "bpe")
@@ -179,76 +72,6 @@ def test_the_order_changes_with_the_seed() -> None:
     assert not first.equal(other)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"", "corpus must hold text: got the empty file"),
-        ("blank.txt", b" \n \n", "corpus must hold text: got only white space"),
-        ("head.csv", b"question,answer\n", "corpus must have at least one record"),
-        (
-            "columns.csv",
-            b"q,a\nhow?,so\n",
-            "question_column must be a column of columns.csv: got 'question', the file",
-        ),
-        ("picture.txt", b"\x89PNG\r\n\x00\x01", "corpus must be UTF-8 text"),
-        ("latin.csv", b"question,answer\nol\xe9?,s\xed\n", "corpus must be UTF-8 text"),
-        ("half.txt.gz", b"\x1f\x8b\x08\x00half", "corpus must be UTF-8 text"),
-        ("broken.jsonl", b'{"question": "how?", "answer":\n', "corpus must be readable as jsonl"),
-        ("fake.parquet", b"PAR1 and nothing else", "corpus must be readable as parquet"),
-        ("one.csv", b"question,answer\nhow?,so\n", "corpus must have records in each split"),
-    ],
-)
-def test_a_file_that_is_no_corpus_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        data.load_corpus(DataConfig(corpus=str(file)), tmp_path / "cache")
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="an existing file: got nowhere.csv"):
-        data.load_corpus(DataConfig(corpus="nowhere.csv"), tmp_path)
-
-
 def test_too_few_tokens_for_a_window_are_refused(toy_text: data.TokenizedCorpus) -> None:
     with pytest.raises(UserError, match="the train split must hold at least 100001 tokens"):
         toy_text.windows("train", 100_000)
-
-
-def test_a_release_folder_without_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"LM_WIKIQA_DIR must hold each split .* no WikiQA-train\.tsv"):
-        data.load_corpus(DataConfig(corpus="wikiqa"), tmp_path, tmp_path)
-
-
-def test_a_shortened_wikiqa_is_refused(tmp_path: Path) -> None:
-    for split in ("train", "dev", "test"):
-        text = 'QuestionID\tQuestion\tSentence\nQ1\thow?\tlike "this\n'
-        (tmp_path / f"WikiQA-{split}.tsv").write_text(text)
-    with pytest.raises(UserError, match="WikiQA must have .*20360.*: got .*'train': 1"):
-        data.load_corpus(DataConfig(corpus="wikiqa"), tmp_path / "cache", tmp_path)
-
-
-def test_wikiqa_from_nowhere_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match="corpus wikiqa must be in LM_WIKIQA_DIR.*Try --corpus sample"):
-        data.load_corpus(DataConfig(corpus="wikiqa"), tmp_path)
-
-
-@pytest.mark.wikiqa
-def test_wikiqa_has_the_published_counts(wikiqa_dir: Path, tmp_path: Path) -> None:
-    config = Config().data
-    corpus = data.load_corpus(config, tmp_path, wikiqa_dir)
-    tokens = data.tokenize(corpus, config, tmp_path)
-    assert corpus.name == "wikiqa"
-    assert {s: len(tokens.ids[s]) for s in SPLITS} == {
-        "train": 676_485,
-        "validation": 89_745,
-        "test": 203_612,
-    }
-    assert len(tokens.vocab) == 18_707
-    unknown = {s: np.mean(tokens.ids[s] == tokens.vocab.unk_id) for s in SPLITS}
-    assert abs(unknown["validation"] - 0.056) < 0.001
-    assert abs(unknown["test"] - 0.062) < 0.001
