@@ -43,6 +43,9 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown flag (with the nearest known one), or a value of the wrong kind.
         """
+        for argument in sys.argv[1:] if argv is None else argv:
+            if not argument.isprintable():
+                raise UserError(f"flags must be printable UTF-8 text: got {ascii(argument)[:60]}. Try --help.")
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
@@ -123,7 +126,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(2)
-    except DivergedError as e:
+    except (DivergedError, MemoryError) as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
@@ -135,6 +138,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(
             f"{name}: {_MENDABLE[e.errno]}: got {e.strerror}{where}. Try LM_MLRUNS_DIR=/another/folder.",
             file=sys.stderr,
+        )
+        sys.exit(2)
+    except Exception as e:
+        if "disk is full" not in str(e):  # as SQLite says it, through whatever wraps it
+            raise
+        print(
+            f"{name}: {_MENDABLE[errno.ENOSPC]}: got a full disk. Try LM_MLRUNS_DIR=/another/folder.", file=sys.stderr
         )
         sys.exit(2)
     except KeyboardInterrupt:

@@ -40,6 +40,7 @@ def log_model(
     metrics: Mapping[str, float],
     epoch: int,
     dataset: tuple[str, str],
+    example: str = "what is",
 ) -> str:
     """Log a checkpoint as a LoggedModel that serves text, with the metrics of its epoch linked to it.
 
@@ -50,6 +51,7 @@ def log_model(
         metrics: figures of the checkpoint, logged at step `epoch` with the model.
         epoch: the epoch that it was taken at.
         dataset: name and digest of the corpus.
+        example: a seed text of known words, which MLflow shows and tries.
 
     Returns:
         the model's id.
@@ -68,7 +70,7 @@ def log_model(
             code_paths=[str(Path(lm.__file__).parent)],
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _REQUIRED],
             input_example=(
-                ["what is"],
+                [example],
                 {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1},
             ),
         )

@@ -51,11 +51,11 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     if len(rows) > len(shown):
         print(f"... and {len(rows) - len(shown)} more on the page below")
     for trial in studies.failed(study):
-        print(f"trial {trial.number} failed: {tracker.reason(trial.user_attrs[studies.RUN_ID])}")
+        print(f"trial {trial.number} failed: {tracker.tags(trial.user_attrs[studies.RUN_ID]).get('lm.reason', '')}")
     path, summary_id = write_page(study, tracker, ranked)
     complete = [t for t in ranked if t.state.name == "COMPLETE"]
     if register and complete:
-        tags = tracker.client.get_run(complete[0].user_attrs[studies.RUN_ID]).data.tags
+        tags = tracker.tags(complete[0].user_attrs[studies.RUN_ID])
         champion = export.register_champion(
             tracker.client,
             complete[0].user_attrs[studies.RUN_ID],

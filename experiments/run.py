@@ -21,6 +21,7 @@ from lm.corpus import Corpus, load_corpus
 from lm.errors import UserError
 
 _SAMPLE_PROMPT_TOKENS = 4
+_MAY_CHANGE = {"epochs", "patience", "device"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
     """
     if run.is_live():
         raise UserError(f"a run must have ended to be resumed: got {run.name}, which is running. Try when it has.")
-    fixed = sorted(set(changes) - {"epochs", "patience", "device"})
+    fixed = sorted(set(changes) - _MAY_CHANGE)
     if fixed:
         raise UserError(
             f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
@@ -90,6 +91,13 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
             f"a run must be resumed on its own corpus: got digest {text.corpus.digest[:8]}, the run has "
             f"{loaded.corpus_digest[:8]}. Try the settings of the run (LM_WIKIQA_DIR)."
         )
+    logged = run.params()
+    for key, value in loaded.config.flat().items():
+        if key not in _MAY_CHANGE and logged.get(key) != str(value):
+            raise UserError(
+                f"a run's checkpoint must be its own: got {key}={value}, the run was logged with {logged.get(key)}. "
+                "Try the run's own folder."
+            )
     done = loaded.state.epochs_done
     if done >= config.train.epochs:
         raise UserError(f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}.")
@@ -119,7 +127,10 @@ def train_and_log(
     vocab = text.tokens.vocab
     if state is None:
         runtime.seed_everything(config.train.seed)
-        state = TrainState.new(config, len(vocab), device)
+        try:
+            state = TrainState.new(config, len(vocab), device)
+        except RuntimeError as e:
+            raise MemoryError(f"the model must fit into memory: got {str(e).splitlines()[0][:120]}") from e
         run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
         run.log_corpus(text.corpus)
     precision = runtime.resolve_precision(config.train.precision, device)
@@ -159,7 +170,7 @@ def train_and_log(
         }
         dataset = (text.corpus.name, text.corpus.digest)
         folder = run.fetch_checkpoint("best")
-        model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset)
+        model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
 
 

@@ -7,10 +7,13 @@ program finds the same store from any working directory.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from dotenv import dotenv_values
+
+from lm.errors import UserError
 
 _SOURCE = Path(__file__).resolve().parents[1]
 ROOT = _SOURCE if (_SOURCE / "pyproject.toml").is_file() else Path.cwd()
@@ -36,12 +39,22 @@ class Settings:
     @classmethod
     def load(cls, env_file: Path | None = None) -> Settings:
         """Read `.env` (of the project's root by default) and the environment, which wins."""
-        values = {**dotenv_values(env_file or ROOT / ".env"), **os.environ}
+        file = env_file or ROOT / ".env"
+        try:
+            values = {**dotenv_values(file), **os.environ}
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(
+                f".env must be a readable UTF-8 file: got {type(e).__name__} for {file}. Try .env.example."
+            ) from e
 
         def get(name: str) -> str | None:
             return values.get(name) or None
 
         mlruns = _absolute(get("LM_MLRUNS_DIR") or "mlruns")
+        if re.search(r"[?#%]", str(mlruns)):
+            raise UserError(
+                f"LM_MLRUNS_DIR must be usable in a URI, without ?, # and %: got {mlruns}. Try another folder."
+            )
         wikiqa = get("LM_WIKIQA_DIR")
         artifacts = get("LM_ARTIFACT_ROOT")
         return cls(
@@ -58,7 +71,10 @@ class Settings:
 
 
 def _absolute(path: str) -> Path:
-    return (ROOT / Path(path).expanduser()).resolve()
+    try:
+        return (ROOT / Path(path).expanduser()).resolve()
+    except RuntimeError as e:
+        raise UserError(f"a folder must be one that can be found: got {path} ({e}). Try its full path.") from e
 
 
 def _absolute_uri(uri: str) -> str:

@@ -84,17 +84,21 @@ def ask(study: optuna.Study, total: int, seed: int) -> Trial | None:
 def release_dead(study: optuna.Study) -> None:
     """Fail and queue again the running trials whose process on this host is gone. The caller holds the store's lock."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_gone(trial.user_attrs.get(_OWNER, "")):
+        owner = trial.user_attrs.get(_OWNER)
+        if owner is None or is_gone(owner):  # without an owner it died in `ask`, which the lock keeps us out of
             requeue(study, trial)
 
 
 def requeue(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
     """Tell a trial as failed and queue its parameters again, also those it was queued with and had not yet drawn."""
-    frozen = study.get_trials(deepcopy=False)[trial.number]
+    trials = study.get_trials(deepcopy=False)
+    frozen = trials[trial.number]
     queued: dict[str, Any] = frozen.system_attrs.get("fixed_params", {})
-    study.tell(trial.number, state=TrialState.FAIL)
-    if params := {**queued, **frozen.params}:
+    params = {**queued, **frozen.params}
+    # First queued, then told: a process that dies in between leaves the trial to be released again, not lost.
+    if params and not any(t.user_attrs.get(_REQUEUED) == trial.number for t in trials):
         study.enqueue_trial(params, user_attrs={_REQUEUED: trial.number})
+    study.tell(trial.number, state=TrialState.FAIL)
 
 
 def tell_pruned(study: optuna.Study, trial: Trial) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import mlflow
 from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
 from experiments.process import is_gone, own_name
@@ -72,10 +74,10 @@ class Tracker:
             except UserError:
                 raise
             except Exception as e:  # MLflow's, SQLAlchemy's and the drivers' errors have no common base
-                password = urlsplit(settings.tracking_uri).password
+                password = re.search(r"//[^/@]*:([^/@]+)@", settings.tracking_uri)
                 got = f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}"
                 if password:
-                    got = got.replace(password, "***")
+                    got = got.replace(password.group(1), "***")
                 raise UserError(
                     f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
@@ -132,9 +134,19 @@ class Tracker:
             self.client.set_tag(run_id, "lm.reason", reason[:5000])
         self.client.set_terminated(run_id, status)
 
-    def reason(self, run_id: str) -> str:
-        """Why a run did not end by itself; empty if it did."""
-        return self.client.get_run(run_id).data.tags.get("lm.reason", "")
+    def tags(self, run_id: str) -> dict[str, str]:
+        """Tags of a run.
+
+        Raises:
+            UserError: it is not in this store.
+        """
+        try:
+            return dict(self.client.get_run(run_id).data.tags)
+        except MlflowException as e:
+            raise UserError(
+                f"a study's runs must be in the MLflow store: got no run {run_id} in {self.settings.experiment!r}. "
+                "Try the store that the study was made with, or --study another."
+            ) from e
 
     def find_run(self, name_or_id: str) -> MlflowRun:
         """A run of this experiment by its id, or the newest by its name.
@@ -233,6 +245,10 @@ class TrackedRun:
         """The run's tags as they stand now."""
         return dict(self.client.get_run(self.id).data.tags)
 
+    def params(self) -> dict[str, str]:
+        """The params it was logged with."""
+        return dict(self.client.get_run(self.id).data.params)
+
     def is_live(self) -> bool:
         """Whether the run is open in a process that may be alive."""
         run = self.client.get_run(self.id)
@@ -305,7 +321,7 @@ def store_lock(settings: Settings) -> FileLock:
         for folder in {settings.mlruns, _local_path(settings.artifact_root) or settings.mlruns}:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
+            probe.write_bytes(bytes(1 << 16))  # an empty file would fit on a full disk
             probe.unlink()
     except OSError as e:
         raise UserError(

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = Settings.load()
     tracker = Tracker(settings)
     state, run_id = None, None
-    if args.resume:
+    if args.resume is not None:
         if args.preset or args.run_name:
             raise UserError("a resumed run must keep its preset and name: got one of them. Try --resume alone.")
         found = tracker.find_run(args.resume)

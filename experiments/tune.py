@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         storage = studies.open_storage(settings.optuna_storage)
         study = studies.open_study(storage, name, {k: config.flat()[k] for k in SPACE})
         studies.release_dead(study)
+    for trial in studies.finished(study)[:1]:
+        tracker.tags(trial.user_attrs[studies.RUN_ID])  # stops here, not after the trials, if the store lacks its runs
     print(f"study {name}: {studies.count(study)} of {plan.trials} trials are there", flush=True)
     search(study, tracker, plan)
     report.conclude(study, tracker)
@@ -82,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: Config, trials: int, label: str | None) -> None:
     """Raise UserError unless the study can begin with the config's own point."""
-    if label is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", label):
-        raise UserError(f"study must be letters, digits, dots and dashes: got {label!r}. Try --study mine.")
+    if label is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", label):
+        raise UserError(f"study must be at most 60 letters, digits, dots and dashes: got {label!r}. Try --study mine.")
     if trials < 1:
         raise UserError(f"trials must be at least 1: got {trials}. Try --trials 20.")
     for key, searched in SPACE.items():

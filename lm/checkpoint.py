@@ -10,6 +10,7 @@ It needs neither MLflow nor the corpus to be read again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,9 +80,9 @@ def save(
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         weights = {k: v for k, v in state.model.state_dict().items() if not _is_tied(state.model, k)}
-        save_file(weights, draft / "model.safetensors")
+        _write(weights, draft / "model.safetensors")
         if with_optimizer:
-            save_file(_optimizer_tensors(state.optimizer), draft / "optimizer.safetensors")
+            _write(_optimizer_tensors(state.optimizer), draft / "optimizer.safetensors")
         (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
         about = {
             "format_version": FORMAT_VERSION,
@@ -128,6 +130,8 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
                 f"a checkpoint must have format {FORMAT_VERSION}: got {version} in {folder}. "
                 "Try the version of this project that wrote it."
             )
+        if not {"model.safetensors", "vocab.json"} <= set(about["sha256"]):
+            raise UserError(f"a checkpoint must name its files: got {sorted(about['sha256'])}. Try another copy.")
         for name, digest in about["sha256"].items():
             if _sha256(folder / name) != digest:
                 raise UserError(
@@ -141,20 +145,40 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
         if config.model.tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         state.model.load_state_dict(weights)
-        if (folder / "optimizer.safetensors").exists():
+        if "optimizer.safetensors" in about["sha256"]:
             _restore(state.optimizer, load_file(folder / "optimizer.safetensors"))
-        state.epochs_done, state.steps_done = about["epochs_done"], about["steps_done"]
-        state.best_nll, state.best_epoch = about["best_nll"], about["best_epoch"]
-    except (json.JSONDecodeError, KeyError, TypeError, OSError, UnicodeDecodeError) as e:
+        state.epochs_done, state.steps_done, state.best_epoch = (
+            _count(about[name]) for name in ("epochs_done", "steps_done", "best_epoch")
+        )
+        state.best_nll = float(about["best_nll"])
+        return Checkpoint(config, vocab, state, str(about["corpus_digest"]))
+    except UserError:
+        raise
+    except Exception as e:  # files that somebody changed fail in as many ways as there are readers
+        first = (str(e).splitlines() or [""])[0][:150]
         raise UserError(
-            f"a checkpoint must be complete: got {type(e).__name__} ({e}) in {folder}. "
+            f"a checkpoint must be complete: got {type(e).__name__} ({first}) in {folder}. "
             "Try the run's other checkpoint (last or best)."
         ) from e
-    return Checkpoint(config, vocab, state, about["corpus_digest"])
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is no count")
+    return value
 
 
 def _retired(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as e:
+        if "No space left" in str(e):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -185,4 +209,8 @@ def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> No
     for key, value in tensors.items():
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = value
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state.items():
+        if set(moments) != {"step", "exp_avg", "exp_avg_sq"} or moments["exp_avg"].shape != shapes[i]:
+            raise TypeError(f"the moments of weight {i} do not fit it")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

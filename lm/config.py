@@ -38,6 +38,10 @@ class _Section:
                 flag = f.name.replace("_", "-")
                 raise UserError(f"{f.name} must be {kind.__name__}: got {value!r}. Try --{flag} {f.default}.")
             choices = f.metadata["choices"]
+            if kind is int and abs(value) >= 2**31:
+                raise UserError(
+                    f"{f.name} must be below 2**31: got {value}. Try --{f.name.replace('_', '-')} {f.default}."
+                )
             if choices and value not in choices:
                 raise UserError(
                     f"{f.name} must be one of {', '.join(choices)}: got {value!r}. "
@@ -65,10 +69,6 @@ class _Section:
                 f"{name}={value}",
                 f"Try --{flag} 0.1.",
             )
-
-    def _seed(self, name: str) -> None:
-        value, flag = getattr(self, name), name.replace("_", "-")
-        _require(0 <= value < 2**31, f"{name} must be from 0 to 2**31 - 1", f"{name}={value}", f"Try --{flag} 0.")
 
     def _not_negative(self, *names: str) -> None:
         for name in names:
@@ -108,7 +108,7 @@ class DataConfig(_Section):
             "Try --validation-fraction 0.1 --test-fraction 0.1.",
         )
         self._positive("min_count")
-        self._seed("split_seed")
+        self._not_negative("split_seed")
         _require(
             self.bpe_vocab_size >= 257,
             "bpe_vocab_size must hold the 256 bytes and <unk>",
@@ -169,8 +169,7 @@ class TrainConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("lr", "clip_norm", "batch_size", "epochs")
-        self._not_negative("warmup_steps", "weight_decay", "patience")
-        self._seed("seed")
+        self._not_negative("warmup_steps", "weight_decay", "patience", "seed")
 
 
 SECTIONS: tuple[type[DataConfig], type[ModelConfig], type[TrainConfig]] = (

@@ -82,7 +82,7 @@ def load_corpus(
     elif name == "sample":
         source, splits = f"the package chatterbot-corpus (English){why_sample}", _split_by_key(_sample_pairs(), config)
     else:
-        path = Path(name).expanduser()
+        path = Path(name)
         source, splits = str(path), _split_by_key(_file_pairs(path, config, cache_dir), config)
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]) or "file"
     for split in SPLITS:
@@ -162,6 +162,7 @@ def _read_table(kind: str, files: dict[str, str] | str, cache_dir: Path, **optio
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error that is raised
     return datasets.load_dataset(kind, data_files=files, cache_dir=str(cache_dir / "datasets"), **options)
 
 
@@ -176,13 +177,19 @@ def _read_csv(files: dict[str, Path], cache_dir: Path, separator: str) -> Any:
     features = datasets.Features({column: datasets.Value("string") for column in header})
     names = {split: str(path) for split, path in files.items()}
     options = {"sep": separator, "quoting": quoting, "keep_default_na": False, "features": features}
+    options["index_col"] = False  # rows longer than the header are an error, not a shift of columns
     options["encoding"] = "utf-8-sig"  # as Excel writes it; the mark is optional
     return _read_table("csv", names, cache_dir, **options)
 
 
 def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[str, str]]:
     """Records of one file: question and answer columns of a table, or the paragraphs of a plain text."""
-    if not path.is_file():
+    try:
+        path = path.expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError):  # a name too long, a home that is nobody's
+        found = False
+    if not found:
         raise UserError(
             f"corpus must be wikiqa, sample, auto or an existing file: got {config.corpus}. Try --corpus sample."
         )

@@ -124,8 +124,16 @@ def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path) -> TokenizedCo
         settings["bpe_vocab_size"] = config.bpe_vocab_size
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens-{key}"
-    if not folder.exists():
-        _write_cache(folder, corpus, config)
+    if folder.exists():
+        try:
+            return _read_cache(folder)
+        except (OSError, ValueError):  # damaged or half deleted: it is only a cache
+            shutil.rmtree(folder, ignore_errors=True)
+    _write_cache(folder, corpus, config)
+    return _read_cache(folder)
+
+
+def _read_cache(folder: Path) -> TokenizedCorpus:
     vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
     ids = {s: cast(Ids, np.load(folder / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
     return TokenizedCorpus(vocab, ids)

@@ -1,13 +1,18 @@
 """What a person can get wrong: each is one line with rule, value and remedy, exit 2, and no traceback."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from experiments import cli, train, tune
+from experiments.settings import Settings
+from experiments.tracking import Tracker
 from tests.conftest import TOY_FLAGS
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +77,9 @@ def test_an_empty_corpus_a_missing_column_and_a_file_that_is_not_text(
 
 def test_a_trial_zero_outside_the_space(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["--lr", "0.5"], capsys, tune).startswith("lr must lie in the searched range 1e-05 to 0.003")
-    assert fails(["--study", "it's"], capsys, tune).startswith("study must be letters, digits, dots and dashes")
+    assert fails(["--study", "it's"], capsys, tune).startswith(
+        "study must be at most 60 letters, digits, dots and dashes"
+    )
     assert fails(["--trials", "0"], capsys, tune).startswith("trials must be at least 1: got 0.")
 
 
@@ -105,3 +112,37 @@ def test_a_bad_flag_costs_the_shell_one_line_and_exit_2(toy_csv: Path, lab: Path
     assert done.stdout == ""
     assert done.stderr == "train.py: n_heads must divide d_model: got d_model=16, n_heads=3. Try --n-heads 8.\n"
     assert not list((lab / "artifacts").glob("*/*"))
+
+
+@pytest.fixture
+def small_disk(lab: Path) -> Generator[Path]:
+    """The laboratory on a disk of 6 MB."""
+    disk = lab.parent / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        shutil.copytree(lab, disk / "mlruns")
+        yield disk / "mlruns"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_logged(
+    small_disk: Path, toy_csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(small_disk))
+    argv = [*TOY_FLAGS, "--corpus", str(toy_csv), "--d-model", "256", "--lr", "0.003"]
+    for program in (train, tune):
+        assert fails(argv, capsys, program).startswith("the disk must have room: got No space left on device")
+    tracker = Tracker(Settings.load())
+    runs = tracker.client.search_runs([tracker.experiment_id])
+    assert [r.info.status for r in runs] == ["FAILED", "FAILED"]
+    assert all("validation_perplexity" in r.data.metrics for r in runs)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as f:
+        while True:
+            f.write(bytes(1 << 12))
+    assert fails(argv, capsys).startswith("the store must be writable: got No space left on device")

@@ -53,6 +53,7 @@ def test_a_wrong_flag_is_named_with_the_nearest_right_one(argv: list[str], messa
         (UserError("rule: got value. Try this."), 2, "rule: got value. Try this."),
         (DivergedError("loss must stay finite"), 1, "loss must stay finite"),
         (OSError(28, "No space left on device", "/x"), 2, "the disk must have room: got No space left on device: /x."),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), 2, "the disk must have room"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

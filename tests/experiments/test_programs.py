@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -128,6 +130,34 @@ def test_a_damaged_checkpoint_leaves_the_run_as_it_was(tracker: Tracker, flags: 
     again = tracker.find_run("cut")
     assert again.info.status == "FINISHED"
     assert perplexities(tracker, run.info.run_id) == perplexities(tracker, again.info.run_id)
+
+
+def test_another_runs_checkpoint_is_refused(tracker: Tracker, flags: list[str], lab: Path) -> None:
+    train.main([*flags, "--run-name", "one"])
+    train.main([*flags, "--run-name", "two", "--n-layers", "1"])
+    one, two = (
+        lab / "artifacts" / tracker.find_run(n).info.run_id / "artifacts/checkpoints/last" for n in ("one", "two")
+    )
+    shutil.rmtree(one)
+    shutil.copytree(two, one)
+    with pytest.raises(
+        UserError, match="a run's checkpoint must be its own: got n_layers=1, the run was logged with 2"
+    ):
+        train.main(["--resume", "one", "--epochs", "3"])
+    assert tracker.find_run("one").info.status == "FINISHED"
+
+
+def test_a_study_whose_runs_are_gone_stops_before_training(tracker: Tracker, flags: list[str], lab: Path) -> None:
+    small_study(flags, 1)
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    run_id = study.trials[0].user_attrs[studies.RUN_ID]
+    tracker.client.delete_run(run_id)
+    with sqlite3.connect(lab / "mlflow.db") as database:
+        for table in ("latest_metrics", "metrics", "params", "tags", "runs"):
+            database.execute(f"delete from {table} where run_uuid = ?", (run_id,))
+    with pytest.raises(UserError, match=f"a study's runs must be in the MLflow store: got no run {run_id}"):
+        small_study(flags, 2)
+    assert len(studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None).trials) == 1
 
 
 def test_a_study_from_the_first_trial_to_the_champion(

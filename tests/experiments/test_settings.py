@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from experiments.settings import ROOT, Settings
+from lm.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +52,16 @@ def test_env_example_names_every_setting_that_is_read() -> None:
     assert len(read) == 7
     named = {line.lstrip("#").split("=")[0] for line in example.splitlines() if re.match(r"#?[A-Z_]+=", line)}
     assert named == read
+
+
+@pytest.mark.parametrize("folder", ["/tmp/a?b", "/tmp/a#b", "~nobody-at-all/x"])
+def test_a_folder_that_no_uri_can_hold_is_refused(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LM_MLRUNS_DIR", folder)
+    with pytest.raises(UserError, match="must be"):
+        Settings.load(tmp_path / "no.env")
+
+
+def test_an_env_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"LM_MLRUNS_DIR=\xff\xfe")
+    with pytest.raises(UserError, match=r"\.env must be a readable UTF-8 file: got UnicodeDecodeError"):
+        Settings.load(tmp_path / ".env")

@@ -83,6 +83,17 @@ def test_a_process_of_the_same_pid_that_began_later_is_another(study: optuna.Stu
     assert not is_gone("")
 
 
+def test_a_process_that_died_while_asking_or_telling_loses_no_trial(study: optuna.Study) -> None:
+    study.ask()  # died before it signed the trial
+    studies.release_dead(study)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    again = ask(study)
+    study.enqueue_trial(POINT, user_attrs={"requeued": again.number})  # died between queueing and telling
+    studies.requeue(study, again)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING]
+    assert suggest(ask(study)) == POINT
+
+
 def test_no_trial_beyond_the_total_is_given_out(study: optuna.Study) -> None:
     given = [studies.ask(study, total=2, seed=0) for _ in range(3)]
     assert [t.number if t else None for t in given] == [0, 1, None]

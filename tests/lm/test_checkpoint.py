@@ -52,6 +52,27 @@ def test_a_missing_file_is_refused(name: str, folder: Path) -> None:
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"sha256": []},
+        {"sha256": {}},
+        {"epochs_done": "3"},
+        {"epochs_done": -5},
+        {"best_nll": None},
+        {"config": {"d_model": 32}},
+        {"config": {"n_layer": 1}},
+    ],
+    ids=str,
+)
+def test_an_edited_checkpoint_is_refused(edit: dict[str, object], folder: Path) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, **edit}))
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_format_version_is_refused(folder: Path) -> None:
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**about, "format_version": 99}))

@@ -44,8 +44,8 @@ def test_defaults_are_the_reference_recipe() -> None:
         ({"lr": 0.0}, "lr must be a number above 0: got lr=0.0. Try --lr 0.0001."),
         ({"lr": float("nan")}, "lr must be a number above 0: got lr=nan. Try --lr 0.0001."),
         ({"clip_norm": -1.0}, "clip_norm must be a number above 0: got clip_norm=-1.0. Try --clip-norm 0.5."),
-        ({"seed": 5_000_000_000}, "seed must be from 0 to 2**31 - 1: got seed=5000000000. Try --seed 0."),
-        ({"split_seed": -1}, "split_seed must be from 0"),
+        ({"seed": 5_000_000_000}, "seed must be below 2**31: got 5000000000. Try --seed 0."),
+        ({"split_seed": -1}, "split_seed must not be negative: got split_seed=-1."),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1: got dropout=1.0. Try --dropout 0.1."),
         (
             {"activation": "swish"},

@@ -133,6 +133,7 @@ def test_auto_without_hub_takes_the_sample_in_under_three_seconds(
         ),
         ("picture.txt", b"\x89PNG\r\n\x00\x01", "corpus must be UTF-8 text"),
         ("latin.csv", b"question,answer\nol\xe9?,s\xed\n", "corpus must be UTF-8 text"),
+        ("long.csv", b"question,answer\nq,a,zz\nr,b,zz\n", "corpus must be readable as csv"),
         ("half.txt.gz", b"\x1f\x8b\x08\x00half", "corpus must be UTF-8 text"),
         ("broken.jsonl", b'{"question": "how?", "answer":\n', "corpus must be readable as jsonl"),
         ("fake.parquet", b"PAR1 and nothing else", "corpus must be readable as parquet"),
@@ -188,3 +189,9 @@ def test_wikiqa_has_the_published_counts(wikiqa_dir: Path, tmp_path: Path) -> No
     unknown = {s: np.mean(tokens.ids[s] == tokens.vocab.unk_id) for s in SPLITS}
     assert abs(unknown["validation"] - 0.056) < 0.001
     assert abs(unknown["test"] - 0.062) < 0.001
+
+
+@pytest.mark.parametrize("name", ["~nobody-at-all/x.csv", "a" * 300 + ".txt"])
+def test_a_path_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an existing file: got"):
+        load_corpus(DataConfig(corpus=name), tmp_path)

@@ -75,3 +75,16 @@ def test_the_order_changes_with_the_seed() -> None:
 def test_too_few_tokens_for_a_window_are_refused(toy_text: data.TokenizedCorpus) -> None:
     with pytest.raises(UserError, match="the train split must hold at least 100001 tokens"):
         toy_text.windows("train", 100_000)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_cache_is_made_again(damage: str, toy_csv: Path, tmp_path: Path) -> None:
+    config = DataConfig(corpus=str(toy_csv))
+    corpus = load_corpus(config, tmp_path / "cache")
+    first = np.array(data.tokenize(corpus, config, tmp_path / "cache").ids["train"])
+    [folder] = (tmp_path / "cache").glob("tokens-*")
+    if damage == "cut":
+        (folder / "train.npy").write_bytes((folder / "train.npy").read_bytes()[:200])
+    else:
+        (folder / "vocab.json").unlink()
+    assert np.array_equal(data.tokenize(corpus, config, tmp_path / "cache").ids["train"], first)
