@@ -77,7 +77,7 @@ def test_a_loaded_model_continues_text_and_repeats_itself_for_a_seed(
         (["the"], {"temperature": -1.0}, "temperature must be 0"),
         (["the"], {"max_new_tokens": 0}, "max_new_tokens must be from 1 to 1000: got 0"),
         (["the"] * 65, {}, "inputs must be at most 64: got 65"),
-        (["the"] * 50, {"max_new_tokens": 100}, "max_new_tokens times inputs must be at most 4000: got 5000"),
+        (["the"] * 50, {"max_new_tokens": 100}, "max_new_tokens times inputs must be at most 2000: got 5000"),
         (["the " * 5000], {}, "an input must have at most 10000 characters: got 20000"),
     ],
 )
