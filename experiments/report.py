@@ -52,7 +52,7 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
         print(f"... and {len(rows) - len(shown)} more on the page below")
     for trial in studies.failed(study):
         print(f"trial {trial.number} failed: {tracker.tags(trial.user_attrs[studies.RUN_ID]).get('lm.reason', '')}")
-    path, summary_id = write_page(study, tracker, ranked)
+    path, summary_id = write_page(study, tracker, ranked, header, rows)
     complete = [t for t in ranked if t.state.name == "COMPLETE"]
     if register and complete:
         tags = tracker.tags(complete[0].user_attrs[studies.RUN_ID])
@@ -93,7 +93,13 @@ def table(study: optuna.Study, ranked: Sequence[FrozenTrial]) -> tuple[list[str]
     return ["trial", *params, "epochs", "state", "perplexity", "to trial 0"], rows
 
 
-def write_page(study: optuna.Study, tracker: Tracker, ranked: Sequence[FrozenTrial]) -> tuple[Path, str]:
+def write_page(
+    study: optuna.Study,
+    tracker: Tracker,
+    ranked: Sequence[FrozenTrial],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> tuple[Path, str]:
     """Write `reports/STUDY.html` beside the stores and log it to the study's one summary run.
 
     Returns:
@@ -103,7 +109,6 @@ def write_page(study: optuna.Study, tracker: Tracker, ranked: Sequence[FrozenTri
     from experiments import study as studies
 
     about = f"{len(ranked)} trials; value is the lowest validation perplexity of a trial's epochs."
-    header, rows = table(study, ranked)
     figures = studies.figures(study) if ranked else []
     page = plots.report_page(f"Study {study.study_name}", about, figures, plots.html_table(header, rows))
     path = tracker.settings.mlruns / "reports" / f"{study.study_name}.html"

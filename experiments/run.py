@@ -38,6 +38,12 @@ def read_text(config: DataConfig, settings: Settings) -> Text:
     return Text(corpus, data.tokenize(corpus, config, settings.cache))
 
 
+def machine(config: Config) -> str:
+    """What the config trains on: device, precision and threads, in one line."""
+    device = runtime.resolve_device(config.train.device)
+    return runtime.describe(device, runtime.resolve_precision(config.train.precision, device))
+
+
 def check(text: Text, config: Config, seed_text: str | None) -> str:
     """Check what only the text can tell, before any run begins, and return the seed text of generated samples.
 
@@ -133,11 +139,10 @@ def train_and_log(
             raise MemoryError(f"the model must fit into memory: got {str(e).splitlines()[0][:120]}") from e
         run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
         run.log_corpus(text.corpus)
-    precision = runtime.resolve_precision(config.train.precision, device)
     tokens_digest = hashlib.sha256(f"{text.corpus.digest} {vocab.to_json()}".encode()).hexdigest()
     run.log_tags(
         {
-            "lm.device": runtime.describe(device, precision),
+            "lm.device": machine(config),
             "lm.tokens_digest": tokens_digest,
             "lm.epochs": config.train.epochs,  # a resumed run may have more than its param says, which is fixed
         }

@@ -85,7 +85,7 @@ def release_dead(study: optuna.Study) -> None:
     """Fail and queue again the running trials whose process on this host is gone. The caller holds the store's lock."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = trial.user_attrs.get(_OWNER)
-        if owner is None or is_gone(owner):  # without an owner it died in `ask`, which the lock keeps us out of
+        if owner is None or is_gone(owner):  # without an owner it died in `ask`, which this host's lock keeps us out of
             requeue(study, trial)
 
 

@@ -305,10 +305,6 @@ class TrackedRun:
         """Write a text artifact (a page, a sample, a table)."""
         self.client.log_text(self.id, content, path)
 
-    def log_file(self, path: Path, folder: str) -> None:
-        """Copy a file to the run's artifacts."""
-        self.client.log_artifact(self.id, str(path), folder)
-
 
 def store_lock(settings: Settings) -> FileLock:
     """The lock under which schemas and experiments are created.

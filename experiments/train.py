@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments import run as runs
     from experiments.settings import Settings
     from experiments.tracking import TrackedRun, Tracker
-    from lm import runtime
 
     settings = Settings.load()
     tracker = Tracker(settings)
@@ -39,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, text, state = runs.resume(tracked, cli.given(args), settings)
     else:
         text = runs.read_text(config.data, settings)
-    device = runtime.resolve_device(config.train.device)
     print(text.corpus.describe())
-    print(
-        f"on {runtime.describe(device, runtime.resolve_precision(config.train.precision, device))}",
-        flush=True,
-    )
+    print(f"on {runs.machine(config)}", flush=True)
     seed_text = runs.check(text, config, args.seed_text)
 
     preset = args.preset or "reference"

@@ -60,14 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments import study as studies
     from experiments.settings import Settings
     from experiments.tracking import Tracker, store_lock
-    from lm import runtime
 
     settings = Settings.load()
     tracker = Tracker(settings)
     text = runs.read_text(config.data, settings)
-    device = runtime.resolve_device(config.train.device)
     print(text.corpus.describe())
-    print(f"on {runtime.describe(device, runtime.resolve_precision(config.train.precision, device))}")
+    print(f"on {runs.machine(config)}")
     preset = args.preset or "reference"
     name = study_name(args.study or preset, text, config)
     plan = Plan(name, config, text, runs.check(text, config, args.seed_text), args.trials, preset)
