@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from experiments.tracking import Tracker
+    from experiments.tracking import TrackedRun, Tracker
 
 _ROWS = 8
 
@@ -53,7 +53,9 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     for trial in studies.failed(study):
         print(f"trial {trial.number} failed: {tracker.tags(trial.user_attrs[studies.RUN_ID]).get('lm.reason', '')}")
     path, summary_id = write_page(study, tracker, ranked, header, rows)
-    complete = [t for t in ranked if t.state.name == "COMPLETE"]
+    complete = studies.complete(study)
+    if complete:
+        print(f"\n{_measured(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))}")
     if register and complete:
         tags = tracker.tags(complete[0].user_attrs[studies.RUN_ID])
         champion = export.register_champion(
@@ -109,7 +111,13 @@ def write_page(
     from experiments import study as studies
 
     about = f"{len(ranked)} trials; value is the lowest validation perplexity of a trial's epochs."
-    figures = studies.figures(study) if ranked else []
+    if complete := studies.complete(study):
+        about += " " + _measured(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))
+    baseline = None
+    if ranked:
+        logged = tracker.open_run(ranked[0].user_attrs[studies.RUN_ID]).metrics()
+        baseline = logged.get("baseline_perplexity")
+    figures = studies.figures(study, baseline) if ranked else []
     page = plots.report_page(f"Study {study.study_name}", about, figures, plots.html_table(header, rows))
     path = tracker.settings.mlruns / "reports" / f"{study.study_name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +130,24 @@ def write_page(
             run.log_metrics({"best_validation_perplexity": studies.best_value(ranked[0])}, len(ranked))
             run.log_tags({"lm.best_trial": ranked[0].number, "lm.best_params": ranked[0].params})
     return path, run.id
+
+
+def _measured(winner: TrackedRun) -> str:
+    """The best trial's figures beside the baseline's, test among them where it was read."""
+    figures = winner.metrics()
+
+    def line(what: str, prefix: str, baseline: str) -> str:
+        words: list[str] = []
+        for kind, on in (("perplexity", ""), ("clean_perplexity", " on clean records")):
+            if f"{prefix}_{kind}" in figures and f"{baseline}_{kind}" in figures:
+                words.append(f"{figures[f'{prefix}_{kind}']:.2f}{on} (baseline {figures[f'{baseline}_{kind}']:.2f})")
+        return f"{what} perplexity {', '.join(words)}" if words else ""
+
+    parts = [
+        line("validation", "best_validation", "baseline"),
+        line("test", "test", "baseline_test"),
+    ]
+    return f"Best trial: {'; '.join(part for part in parts if part)}."
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
 from experiments import export, plots
+from experiments.scores import Sheet
 from experiments.settings import Settings
 from experiments.tracking import TrackedRun
-from lm import attention, checkpoint, data, generate, runtime, train
+from lm import attention, audit, checkpoint, data, generate, runtime, train
 from lm.checkpoint import TrainState
 from lm.config import Config, DataConfig
 from lm.corpus import Corpus, load_corpus
 from lm.errors import UserError
+from lm.evaluate import Scores, bits_per_byte, evaluate
+from lm.model import Decoder
+from lm.overlap import RUN
 
 _SAMPLE_PROMPT_TOKENS = 4
 _MAY_CHANGE = {"epochs", "patience", "device"}
@@ -30,6 +34,11 @@ class Text:
 
     corpus: Corpus
     tokens: data.TokenizedCorpus
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tokens: text and vocabulary. Perplexities compare where this is equal."""
+        return hashlib.sha256(f"{self.corpus.digest} {self.tokens.vocab.to_json()}".encode()).hexdigest()
 
 
 def read_text(config: DataConfig, settings: Settings) -> Text:
@@ -105,6 +114,8 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
                 "Try the run's own folder."
             )
     done = loaded.state.epochs_done
+    if run.mlflow_run.info.status != "FINISHED":
+        return config, text, loaded.state  # at the least its end is missing: audit, model, test
     if done >= config.train.epochs:
         raise UserError(f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}.")
     if train.out_of_patience(loaded.state, config.train):
@@ -122,39 +133,49 @@ def train_and_log(
     seed_text: str,
     state: TrainState | None = None,
     progress: bool = False,
+    allow_leak: bool = False,
 ) -> Iterator[train.EpochReport]:
     """Train `config` on `text`, log each epoch to `run`, and yield its report once it is safe on disk.
 
-    When the loop ends by itself the best checkpoint is logged as the run's model. A caller that stops early
+    When the loop ends by itself the best checkpoint is audited and logged as the run's model. A caller that stops early
     leaves the run without one, and its checkpoints where they are.
+
+    Raises:
+        LeakError: the model sees what it is to predict, or the splits share windows, and `allow_leak` is not given.
     """
     device = runtime.resolve_device(config.train.device)
     windows = {s: text.tokens.windows(s, config.model.seq_len) for s in ("train", "validation")}
     vocab = text.tokens.vocab
+    is_new = state is None
     if state is None:
         runtime.seed_everything(config.train.seed)
         try:
             state = TrainState.new(config, len(vocab), device)
         except RuntimeError as e:
             raise MemoryError(f"the model must fit into memory: got {str(e).splitlines()[0][:120]}") from e
+    if is_new:
         run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
         run.log_corpus(text.corpus)
-    tokens_digest = hashlib.sha256(f"{text.corpus.digest} {vocab.to_json()}".encode()).hexdigest()
+    audit_run(run, state.model, windows["train"], windows["validation"], text, config, allow_leak)
+    if is_new:
+        run.log_metrics({**text_figures(text), **baseline_figures(text)}, step=0)
     run.log_tags(
         {
             "lm.device": machine(config),
-            "lm.tokens_digest": tokens_digest,
+            "lm.tokens_digest": text.digest,
             "lm.epochs": config.train.epochs,  # a resumed run may have more than its param says, which is fixed
         }
     )
     probe = _probe(windows["validation"], config)
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
-        run.log_epoch(report)
+        run.log_epoch(report, figures(text, "validation", report.scores))
         title = f"{run.name}, epoch {report.epoch}: attention on validation text"
         shown = attention.attention_map(state.model, vocab, probe)
         run.log_page(f"attention/epoch_{report.epoch:03d}.html", plots.attention_page({report.epoch: shown}, title))
         sample = generate.generate_text(state.model, vocab, seed_text, temperature=0.8, seed=0)
         run.log_page(f"samples/epoch_{report.epoch:03d}.txt", sample + "\n")
+        if report.is_best:
+            _log_sheet(run, text, "validation", report.scores, config)
         for name, due in (("best", report.is_best), ("last", True)):
             if due:
                 checkpoint.save(
@@ -168,15 +189,147 @@ def train_and_log(
                 run.publish_checkpoint(name)
         yield report
     if run.tags().get("lm.model_epoch") != str(state.best_epoch):
-        metrics = {
-            "best_validation_loss": state.best_nll,
-            "best_validation_perplexity": math.exp(state.best_nll),
-            "best_epoch": float(state.best_epoch),
-        }
-        dataset = (text.corpus.name, text.corpus.digest)
         folder = run.fetch_checkpoint("best")
+        best = checkpoint.load(folder, device).state.model
+        audit_run(run, best, windows["train"], windows["validation"], text, config, allow_leak)
+        if run.leaks:
+            return  # it has checkpoints, and no model that could be registered
+        metrics = {"best_epoch": float(state.best_epoch), **validation_figures(run, text, "best_validation")}
+        dataset = (text.corpus.name, text.corpus.digest)
         model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
+
+
+def audit_run(
+    run: TrackedRun,
+    model: Decoder,
+    train_windows: data.Windows,
+    validation_windows: data.Windows,
+    text: Text,
+    config: Config,
+    allow_leak: bool,
+    paths: Mapping[str, audit.Path] = audit.PATHS,
+) -> None:
+    """Audit the model and its windows, and tag the run with the outcome.
+
+    Raises:
+        LeakError: there are findings, and `allow_leak` is not given.
+    """
+    precision = runtime.resolve_precision(config.train.precision, model.device)
+    findings = [
+        *audit.causality(model, len(text.tokens.vocab), precision, paths=paths),
+        *audit.alignment(train_windows, "train"),
+        *audit.alignment(validation_windows, "validation"),
+        *audit.separation(train_windows, validation_windows),
+    ]
+    run.log_tags({"lm.audit": "; ".join(findings) or "passed"})
+    if findings:
+        run.mark_leaking(findings)
+        if not allow_leak:
+            audit.require(findings)
+
+
+def figures(text: Text, split: str, scores: Scores, name: str | None = None) -> dict[str, float]:
+    """What the scores of a split come to, by metric name; `name` stands before each (default: the split).
+
+    The perplexity of clean records is left out where there is no clean record.
+    """
+    name, table = name or split, text.tokens.records[split]
+    total = scores.total
+    made = {
+        f"{name}_loss": total.nll,
+        f"{name}_perplexity": total.perplexity,
+        f"{name}_bits_per_byte": bits_per_byte(
+            scores, len(text.tokens.vocab), float(table["written_nats"].sum()), int(table["bytes"].sum())
+        ),
+    }
+    clean = scores.where(text.tokens.of_targets(split, text.tokens.clean(split)))
+    if clean is not None:
+        made[f"{name}_clean_perplexity"] = clean.perplexity
+    return made
+
+
+def baseline_figures(text: Text) -> dict[str, float]:
+    """The same figures of the n-gram model: `baseline_perplexity` on validation, `baseline_test_perplexity`."""
+    made: dict[str, float] = {}
+    for split, name in (("validation", "baseline"), ("test", "baseline_test")):
+        if len(text.tokens.baseline_nats[split]):
+            made |= figures(text, split, Scores(text.tokens.baseline_nats[split]), name)
+    return made
+
+
+def text_figures(text: Text) -> dict[str, float]:
+    """How much of validation and test is unknown words, and how much of it stands in train, as shares."""
+    made: dict[str, float] = {}
+    for split in ("validation", "test"):
+        table = text.tokens.records[split]
+        if len(table):
+            made |= {
+                f"{split}_unknown_share": float(np.mean(text.tokens.ids[split] == text.tokens.vocab.unk_id)),
+                f"{split}_answers_in_train_share": float(table["copied"].mean()),
+                f"{split}_runs_in_train_share": float(table["shared"].mean()),
+                f"{split}_clean_share": float(text.tokens.clean(split).mean()),
+            }
+    return made
+
+
+def describe(text: Text) -> str:
+    """Two lines: what of the validation text is unknown or in train already, and the baseline on it."""
+    shares, baseline = text_figures(text), baseline_figures(text)
+    clean = baseline.get("baseline_clean_perplexity")
+    on_clean = f"{clean:.2f} on clean records" if clean else "there is no clean record"
+    return (
+        f"validation: {shares['validation_unknown_share']:.1%} of tokens unknown; in train stand "
+        f"{shares['validation_answers_in_train_share']:.1%} of its answers and a run of {RUN} words of "
+        f"{shares['validation_runs_in_train_share']:.1%} of its records; "
+        f"{shares['validation_clean_share']:.1%} are clean\n"
+        f"baseline: Kneser-Ney {data.BASELINE_ORDER}-gram, validation perplexity "
+        f"{baseline['baseline_perplexity']:.2f}, {on_clean}"
+    )
+
+
+def measure(
+    run: TrackedRun, text: Text, config: Config, split: str, context: Literal["window", "sliding"], progress: bool
+) -> dict[str, float]:
+    """Score a split with the run's best checkpoint, log figures and score sheet, and return the figures.
+
+    Test is to be read once, at the end: figures that stand there for the best epoch already are not made again, nor are
+    those on validation, which the epoch itself left.
+    """
+    if (split, context) == ("validation", "window"):
+        return validation_figures(run, text, "validation")
+    name = split if context == "window" else f"{context}_{split}"
+    known, done = run.metrics(), f"lm.{name}_epoch"
+    best = checkpoint.load(run.fetch_checkpoint("best"), runtime.resolve_device(config.train.device)).state
+    if run.tags().get(done) == str(best.epochs_done):
+        return {key: known[run.metric_name(key)] for key in figures_of(name) if run.metric_name(key) in known}
+    windows = text.tokens.windows(split, config.model.seq_len)
+    precision = runtime.resolve_precision(config.train.precision, best.model.device)
+    scores = evaluate(best.model, windows, precision, f"{name}, best checkpoint" if progress else None, context)
+    made = figures(text, split, scores, name)
+    run.log_metrics(made, best.epochs_done)
+    _log_sheet(run, text, name, scores, config)
+    run.log_tags({done: best.epochs_done})
+    return made
+
+
+def validation_figures(run: TrackedRun, text: Text, name: str) -> dict[str, float]:
+    """The figures of the best epoch on validation, from the score sheet that it left."""
+    file = run.fetch_artifact("scores/validation.safetensors")
+    assert file is not None
+    return figures(text, "validation", Scores(Sheet.read(file).nats), name)
+
+
+def figures_of(name: str) -> list[str]:
+    """The metric names that `figures` may give."""
+    return [f"{name}_{kind}" for kind in ("loss", "perplexity", "bits_per_byte", "clean_perplexity")]
+
+
+def _log_sheet(run: TrackedRun, text: Text, name: str, scores: Scores, config: Config) -> None:
+    table = text.tokens.records[name.removeprefix("sliding_")]
+    columns = {column: np.ascontiguousarray(table[column]) for column in table.dtype.names or ()}
+    sheet = Sheet(scores.nats_N, columns, text.digest, text.corpus.digest, config.train.seed)
+    run.log_bytes(f"scores/{name}.safetensors", sheet.pack())
 
 
 def _probe(windows: data.Windows, config: Config) -> list[int]:

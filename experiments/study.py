@@ -118,6 +118,11 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(study.get_trials(deepcopy=False, states=states), key=best_value)
 
 
+def complete(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that ran to their end, best first."""
+    return [trial for trial in finished(study) if trial.state == TrialState.COMPLETE]
+
+
 def origin(study: optuna.Study) -> FrozenTrial | None:
     """The finished trial of the recipe's own point: trial 0, or the one that took it up after an interruption."""
     trials = study.get_trials(deepcopy=False)
@@ -174,8 +179,11 @@ def importances(study: optuna.Study) -> dict[str, float]:
             return {}
 
 
-def figures(study: optuna.Study) -> list[tuple[str, str, go.Figure]]:
-    """Heading, a line on how to read it, and the figure, for the study's page."""
+def figures(study: optuna.Study, baseline: float | None) -> list[tuple[str, str, go.Figure]]:
+    """Heading, a line on how to read it, and the figure, for the study's page.
+
+    `baseline` is drawn as a line: the perplexity of the n-gram model on the same tokens.
+    """
     import plotly.graph_objects as go
     from optuna import visualization
 
@@ -187,6 +195,9 @@ def figures(study: optuna.Study) -> list[tuple[str, str, go.Figure]]:
     slices = visualization.plot_slice(study, params=params, target_name="perplexity")
     for figure in (history, epochs, slices):
         figure.update_yaxes(type="log")  # a trial that did not learn would flatten the others
+        if baseline is not None and figure is not slices:
+            note = f"n-gram baseline {baseline:.1f}"
+            figure.add_hline(y=baseline, line_dash="dash", line_color="#c44", annotation_text=note)
     made: list[tuple[str, str, go.Figure]] = [
         ("History", "Each point is a trial that ran to its end; the line is the best so far.", history),
         ("Epoch by epoch", "Validation perplexity of each trial as it learned; pruned trials stop early.", epochs),

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lm.train import EpochReport
 
 UI_PORT = 5000
+LEAK = "lm.leak"
 _OWNER = "lm.process"
 _PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
 
@@ -114,7 +116,7 @@ class Tracker:
         else:
             self.client.set_tag(run_id, _OWNER, own_name())
             self.client.update_run(run_id, status="RUNNING")
-        run = TrackedRun(self.client, self.client.get_run(run_id), self.settings.mlruns / "work")
+        run = self.open_run(run_id)
         try:
             yield run
         except PrunedError as e:
@@ -164,6 +166,16 @@ class Tracker:
             f"{self.settings.experiment!r}. Try {remedy}."
         )
 
+    def open_run(self, run_id: str) -> TrackedRun:
+        """A run that stands in the store, to read it or to add to it; its status stays as it is."""
+        run = self.client.get_run(run_id)
+        return TrackedRun(self.client, run, self.settings.mlruns / "work", LEAK in run.data.tags)
+
+    def runs_of_group(self, group: str) -> list[MlflowRun]:
+        """Finished runs of one configuration under several seeds, by the id of the run that sums them up."""
+        query = f"tags.`lm.group` = '{group}' and attributes.status = 'FINISHED'"
+        return list(self.client.search_runs([self.experiment_id], query, max_results=1000))
+
     def runs_of_study(self, study: str, kind: str = "trial") -> list[MlflowRun]:
         """Runs tagged with a study's name, newest first; kind is `trial`, or `study` for its summary run."""
         query = f"tags.`lm.study` = '{study}' and tags.`lm.kind` = '{kind}'"
@@ -212,6 +224,16 @@ class TrackedRun:
     client: mlflow.MlflowClient
     mlflow_run: MlflowRun
     work: Path
+    leaks: bool = False
+
+    def mark_leaking(self, findings: Sequence[str]) -> None:
+        """From here on each metric's name says that the model was measured on what it had seen."""
+        self.leaks = True
+        self.log_tags({LEAK: "; ".join(findings)})
+
+    def metric_name(self, name: str) -> str:
+        """The name under which a metric of this run is logged."""
+        return f"leaking_{name}" if self.leaks else name
 
     @property
     def id(self) -> str:
@@ -233,6 +255,18 @@ class TrackedRun:
         if _local_path(self.mlflow_run.info.artifact_uri) is None:
             self.client.log_artifacts(self.id, str(self.checkpoints / name), f"checkpoints/{name}")
 
+    def fetch_artifact(self, path: str) -> Path | None:
+        """Local file of an artifact of this run, downloaded if it is not here; None where the run has none."""
+        here = _local_path(self.mlflow_run.info.artifact_uri)
+        if here is not None:
+            return here / path if (here / path).is_file() else None
+        folder = self.work / self.id
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return Path(self.client.download_artifacts(self.id, path, str(folder)))
+        except (MlflowException, OSError):
+            return None
+
     def fetch_checkpoint(self, name: str) -> Path:
         """Local folder of a checkpoint of this run, downloaded if it is not here."""
         folder = self.checkpoints / name
@@ -244,6 +278,10 @@ class TrackedRun:
     def tags(self) -> dict[str, str]:
         """The run's tags as they stand now."""
         return dict(self.client.get_run(self.id).data.tags)
+
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return dict(self.client.get_run(self.id).data.metrics)
 
     def params(self) -> dict[str, str]:
         """The params it was logged with."""
@@ -265,7 +303,8 @@ class TrackedRun:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log some metrics at one step."""
         now = get_current_time_millis()
-        self.client.log_batch(self.id, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
+        named = [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
+        self.client.log_batch(self.id, metrics=named)
 
     def log_corpus(self, corpus: Corpus) -> None:
         """Log the text as the run's dataset: name, digest, source and sizes."""
@@ -281,17 +320,16 @@ class TrackedRun:
         self.client.log_inputs(self.id, [inputs])
         self.log_tags({"lm.corpus": corpus.name, "lm.corpus_digest": corpus.digest})
 
-    def log_epoch(self, report: EpochReport) -> None:
+    def log_epoch(self, report: EpochReport, validation: Mapping[str, float]) -> None:
         """Log the figures of one epoch at step `epoch`; an epoch that stands there already is not logged twice."""
-        logged = self.client.get_metric_history(self.id, "validation_perplexity")
+        logged = self.client.get_metric_history(self.id, self.metric_name("validation_perplexity"))
         if any(point.step == report.epoch for point in logged):
             return
         self.log_metrics(
             {
                 "train_loss": report.train.nll,
                 "train_perplexity": report.train.perplexity,
-                "validation_loss": report.validation.nll,
-                "validation_perplexity": report.validation.perplexity,
+                **validation,
                 "lr": report.lr,
                 "grad_norm": report.grad_norm,
                 "clipped_share": report.clipped_share,
@@ -304,6 +342,13 @@ class TrackedRun:
     def log_page(self, path: str, content: str) -> None:
         """Write a text artifact (a page, a sample, a table)."""
         self.client.log_text(self.id, content, path)
+
+    def log_bytes(self, path: str, content: bytes) -> None:
+        """Write a binary artifact."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / Path(path).name
+            file.write_bytes(content)
+            self.client.log_artifact(self.id, str(file), str(Path(path).parent))
 
 
 def store_lock(settings: Settings) -> FileLock:

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tracker = Tracker(settings)
     text = runs.read_text(config.data, settings)
     print(text.corpus.describe())
+    print(runs.describe(text))
     print(f"on {runs.machine(config)}")
     preset = args.preset or "reference"
     name = study_name(args.study or preset, text, config)
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tracker.tags(trial.user_attrs[studies.RUN_ID])  # stops here, not after the trials, if the store lacks its runs
     print(f"study {name}: {studies.count(study)} of {plan.trials} trials are there", flush=True)
     search(study, tracker, plan)
+    for trial in studies.complete(study)[:1]:
+        winner = tracker.open_run(trial.user_attrs[studies.RUN_ID])
+        runs.measure(winner, text, config.override(trial.params), "test", "window", cli.is_terminal())
     report.conclude(study, tracker)
 
 

@@ -3,7 +3,7 @@
     config.json           format version, every hyperparameter, progress, digests of the other files
     vocab.json            the vocabulary
     model.safetensors     weights
-    optimizer.safetensors moments of Adam (in `last`, not in `best`)
+    optimizer.safetensors moments of the optimisers (in `last`, not in `best`)
 
 It needs neither MLflow nor the corpus to be read again.
 """
@@ -28,10 +28,10 @@ from torch import Tensor
 from lm.config import Config
 from lm.errors import UserError
 from lm.model import Decoder
-from lm.optim import build_optimizer
+from lm.optim import build_optimizers
 from lm.vocab import Vocab
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -39,7 +39,7 @@ class TrainState:
     """All that training changes; the order of batches and the dropout follow from seed and epoch."""
 
     model: Decoder
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     epochs_done: int = 0
     steps_done: int = 0
     best_nll: float = float("inf")
@@ -47,9 +47,9 @@ class TrainState:
 
     @classmethod
     def new(cls, config: Config, vocab_size: int, device: torch.device) -> TrainState:
-        """A model with weights drawn from torch's current seed, and its optimiser."""
+        """A model with weights drawn from torch's current seed, and its optimisers."""
         model = Decoder(config.model, vocab_size).to(device)
-        return cls(model, build_optimizer(model, config.train))
+        return cls(model, build_optimizers(model, config.train))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def save(
         weights = {k: v for k, v in state.model.state_dict().items() if not _is_tied(state.model, k)}
         _write(weights, draft / "model.safetensors")
         if with_optimizer:
-            _write(_optimizer_tensors(state.optimizer), draft / "optimizer.safetensors")
+            _write(_optimizer_tensors(state.optimizers), draft / "optimizer.safetensors")
         (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
         about = {
             "format_version": FORMAT_VERSION,
@@ -146,7 +146,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
             weights["head.weight"] = weights["embedding.weight"]
         state.model.load_state_dict(weights)
         if "optimizer.safetensors" in about["sha256"]:
-            _restore(state.optimizer, load_file(folder / "optimizer.safetensors"))
+            _restore(state.optimizers, load_file(folder / "optimizer.safetensors"))
         state.epochs_done, state.steps_done, state.best_epoch = (
             _count(about[name]) for name in ("epochs_done", "steps_done", "best_epoch")
         )
@@ -199,18 +199,23 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, moments in state.items() for name, value in moments.items()}
+def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+        tensors |= {f"{number}.{i}.{name}": value for i, moments in state.items() for name, value in moments.items()}
+    return tensors
 
 
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+def _restore(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for key, value in tensors.items():
-        i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state.items():
-        if set(moments) != {"step", "exp_avg", "exp_avg_sq"} or moments["exp_avg"].shape != shapes[i]:
-            raise TypeError(f"the moments of weight {i} do not fit it")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, i, name = key.split(".", 2)
+        states[int(number)].setdefault(int(i), {})[name] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        for i, moments in state.items():
+            if set(moments) != kinds or any(m.shape != shapes[i] for m in moments.values() if m.ndim):
+                raise TypeError(f"the moments of weight {i} do not fit it")
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

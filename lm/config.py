@@ -129,7 +129,7 @@ class ModelConfig(_Section):
     dropout: float = _field(0.1, "share of activations dropped in training")
     activation: str = _field("relu", "nonlinearity of the feed-forward layer", choices=("relu", "gelu"))
     norm: str = _field("post", "layer norm after each sublayer, or before", choices=("post", "pre"))
-    positions: str = _field("sinusoidal", "position signal", choices=("sinusoidal", "learned"))
+    positions: str = _field("sinusoidal", "position signal", choices=("sinusoidal", "learned", "rotary"))
     tie_embeddings: bool = _field(False, "one matrix for the embedding and the output head")
 
     def __post_init__(self) -> None:
@@ -148,13 +148,20 @@ class ModelConfig(_Section):
             f"d_model={self.d_model}",
             "Try --positions learned.",
         )
+        _require(
+            self.positions != "rotary" or self.d_model // self.n_heads % 2 == 0,
+            "rotary positions need heads of an even width",
+            f"d_model={self.d_model}, n_heads={self.n_heads}",
+            "Try --positions learned.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Section):
     """The recipe: optimiser, schedule, length, seed and precision."""
 
-    lr: float = _field(1e-4, "peak learning rate of Adam")
+    optimizer: str = _field("adam", "Adam, or Muon for the layers' matrices beside it", choices=("adam", "muon"))
+    lr: float = _field(1e-4, "peak learning rate")
     schedule: str = _field("constant", "lr after warm-up", choices=("constant", "cosine"))
     warmup_steps: int = _field(0, "steps over which lr rises from 0")
     weight_decay: float = _field(0.0, "decoupled decay of matrices (AdamW); 0 is plain Adam")
@@ -233,6 +240,11 @@ def refuse_unknown(given: Iterable[str]) -> None:
 
 PRESETS: dict[str, dict[str, Scalar]] = {
     "reference": {},
+    "best": {
+        "seq_len": 256, "batch_size": 8, "epochs": 3, "optimizer": "muon", "lr": 2e-3, "schedule": "cosine",
+        "warmup_steps": 100, "weight_decay": 0.1, "clip_norm": 1.0, "dropout": 0.2, "norm": "pre", "activation": "gelu",
+        "positions": "rotary", "tie_embeddings": True,
+    },
     "tiny": {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 256, "tie_embeddings": True, "lr": 1e-3},
-}
+}  # fmt: skip
 """What each `--preset` changes against the defaults, which are the reference recipe."""

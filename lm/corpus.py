@@ -1,7 +1,7 @@
 """Text to records: where a corpus comes from and how it is split. The only place that imports `datasets`.
 
 A corpus is a list of records (question and answer joined) for each split. Splits are the corpus's own, or dealt by
-question, so that no question is on two sides. Knows neither tokens nor models.
+question; a question on two sides is refused. Knows neither tokens nor models.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from lm.config import DataConfig
@@ -33,7 +33,16 @@ WIKIQA_RECORDS = {"train": 20_360, "validation": 2_733, "test": 6_165}
 _RELEASE_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 _HUB_SECONDS = 2.0
 
-Records = dict[str, list[str]]
+
+class Record(NamedTuple):
+    """One question with one answer: the joined text, the answer alone, and what must stay on one side of a split."""
+
+    key: str
+    text: str
+    answer: str
+
+
+Records = dict[str, list[Record]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ def load_corpus(
         wikiqa_revision: branch, tag or commit of the hub's copy; a commit is what the source then names.
 
     Raises:
-        UserError: no such corpus, a missing column, a file that is not text, a split without records.
+        UserError: no such corpus, a missing column, a file that is not text, a split without records, a question on
+            two sides of the split.
     """
     name = config.corpus
     why_sample = ""
@@ -80,10 +90,13 @@ def load_corpus(
     elif name == "wikiqa":
         source, splits = _wikiqa_release(wikiqa_dir, cache_dir) if wikiqa_dir else _wikiqa_hub(wikiqa_revision)
     elif name == "sample":
-        source, splits = f"the package chatterbot-corpus (English){why_sample}", _split_by_key(_sample_pairs(), config)
+        source, splits = (
+            f"the package chatterbot-corpus (English){why_sample}",
+            _split_by_key(_sample_records(), config),
+        )
     else:
         path = Path(name)
-        source, splits = str(path), _split_by_key(_file_pairs(path, config, cache_dir), config)
+        source, splits = str(path), _split_by_key(_file_records(path, config, cache_dir), config)
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]) or "file"
     for split in SPLITS:
         if not splits[split] and not (split == "test" and config.test_fraction == 0):
@@ -91,28 +104,42 @@ def load_corpus(
                 f"corpus must have records in each split: got none in {split} of {source}. "
                 "Try a larger corpus, or other --validation-fraction and --test-fraction."
             )
+    _require_apart(splits, source)
     return Corpus(name, source, splits, _digest(splits))
+
+
+def _require_apart(splits: Records, source: str) -> None:
+    """Refuse a split that has trained on what it is measured by: equal questions (keys) on two sides."""
+    keys = {split: {record.key for record in splits[split]} for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        both = keys[one] & keys[other]
+        if both:
+            raise UserError(
+                f"a question must be on one side of the split: got {len(both):,} of {other} that stand in {one} too, "
+                f"in {source}. Try one file without splits of its own, which is split by question."
+            )
 
 
 def _digest(splits: Records) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for record in splits[split]:
-            digest.update(f"{split}\t{record}\n".encode())
+            digest.update(f"{split}\t{record.text}\n".encode())
     return digest.hexdigest()
 
 
-def _join(question: Any, answer: Any) -> str:
-    return " ".join(f"{question} {answer}".split())
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
-def _split_by_key(pairs: Sequence[tuple[str, str]], config: DataConfig) -> Records:
-    """Deal records to splits by their key (the question), so that no key is on two sides.
+def _record(question: Any, answer: Any, key: str | None = None) -> Record:
+    """A record whose key is its question, unless another is given."""
+    return Record(key or _spaced(str(question)).lower(), _spaced(f"{question} {answer}"), _spaced(str(answer)))
 
-    Args:
-        pairs: key and record text, in the order of the corpus, which each split keeps.
-    """
-    keys = sorted({key for key, _ in pairs})
+
+def _split_by_key(records: Sequence[Record], config: DataConfig) -> Records:
+    """Deal records to splits by their key, so that no key is on two sides; each split keeps the corpus's order."""
+    keys = sorted({record.key for record in records})
     random.Random(config.split_seed).shuffle(keys)
     n_validation = max(1, round(len(keys) * config.validation_fraction)) if keys else 0
     n_test = round(len(keys) * config.test_fraction)
@@ -120,12 +147,12 @@ def _split_by_key(pairs: Sequence[tuple[str, str]], config: DataConfig) -> Recor
     side.update(dict.fromkeys(keys[:n_validation], "validation"))
     side.update(dict.fromkeys(keys[n_validation : n_validation + n_test], "test"))
     splits: Records = {s: [] for s in SPLITS}
-    for key, record in pairs:
-        splits[side[key]].append(record)
+    for record in records:
+        splits[side[record.key]].append(record)
     return splits
 
 
-def _sample_pairs() -> list[tuple[str, str]]:
+def _sample_records() -> list[Record]:
     """Consecutive turns of the conversations in chatterbot-corpus; entries that are not text are left out.
 
     A middle turn is an answer and a question, and some turns stand in many conversations. So conversations that
@@ -141,7 +168,7 @@ def _sample_pairs() -> list[tuple[str, str]]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     folder = Path(spec.origin).parent / "data" / "english"
     pairs: list[tuple[str, str]] = []
-    parent: dict[str, str] = {}
+    parent: dict[str, str] = {}  # a turn to another one of its conversations, up to the one that names them all
 
     def key(turn: str) -> str:
         turn = " ".join(turn.lower().split())
@@ -154,8 +181,8 @@ def _sample_pairs() -> list[tuple[str, str]]:
             for question, answer in pairwise(turns):
                 if isinstance(question, str) and isinstance(answer, str):
                     parent[key(answer)] = key(question)
-                    pairs.append((question, _join(question, answer)))
-    return [(key(question), record) for question, record in pairs]
+                    pairs.append((question, answer))
+    return [_record(question, answer, key(question)) for question, answer in pairs]
 
 
 def _read_table(kind: str, files: dict[str, str] | str, cache_dir: Path, **options: Any) -> Any:
@@ -182,7 +209,7 @@ def _read_csv(files: dict[str, Path], cache_dir: Path, separator: str) -> Any:
     return _read_table("csv", names, cache_dir, **options)
 
 
-def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[str, str]]:
+def _file_records(path: Path, config: DataConfig, cache_dir: Path) -> list[Record]:
     """Records of one file: question and answer columns of a table, or the paragraphs of a plain text."""
     try:
         path = path.expanduser()
@@ -203,10 +230,10 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
         with _open(path) as f:
             text = f.read().decode("utf-8")
         parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
-        records = [r for r in (" ".join(p.split()) for p in parts) if r]
+        records = [Record(r.lower(), r, r) for r in map(_spaced, parts) if r]
         if not records:
             raise UserError(f"corpus must hold text: got only white space in {path}. Try --corpus sample.")
-        return [(r.lower(), r) for r in records]
+        return records
     kind = {".tsv": "csv", ".jsonl": "json"}.get(suffix, suffix[1:])
     try:
         if kind == "csv":
@@ -228,11 +255,11 @@ def _file_pairs(path: Path, config: DataConfig, cache_dir: Path) -> list[tuple[s
                 f"the file has {', '.join(table.column_names)}. Try --{flag}-column {table.column_names[0]}."
             )
     rows = zip(table[question], table[answer], strict=True)
-    pairs = [(str(q).strip().lower(), _join(q, a)) for q, a in rows if q is not None and a is not None]
-    pairs = [pair for pair in pairs if pair[1]]
-    if not pairs:
+    records = [_record(q, a) for q, a in rows if q is not None and a is not None]
+    records = [record for record in records if record.text]
+    if not records:
         raise UserError(f"corpus must have at least one record: got none in {path}. Try --corpus sample.")
-    return pairs
+    return records
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -299,7 +326,7 @@ def _wikiqa_hub(revision: str) -> tuple[str, Records]:
 
 
 def _wikiqa_records(table: Any, question: str, answer: str) -> Records:
-    splits = {s: [_join(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS}
+    splits = {s: [_record(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS}
     sizes = {s: len(splits[s]) for s in SPLITS}
     if sizes != WIKIQA_RECORDS:
         raise UserError(

@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class DivergedError(RuntimeError):
     """Training met a loss or a gradient that is not finite, and stopped before it could be averaged away."""
+
+
+class LeakError(UserError):
+    """The model sees what it is to predict, or is measured on what it was trained on."""

@@ -26,11 +26,11 @@ _TIED_STD = 0.02
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated to the window.
 
-    `keys` and `values` are [L, B, H, seq_len, K]; the first `length` positions are filled.
+    `keys` and `values` are one [B, H, seq_len, K] a layer; the first `length` positions are filled.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
     length: int = 0
 
 
@@ -42,6 +42,20 @@ def sinusoidal_positions(seq_len: int, d_model: int) -> Tensor:
     table[:, 0::2] = torch.sin(position * frequency)
     table[:, 1::2] = torch.cos(position * frequency)
     return table
+
+
+def rotary_angles(seq_len: int, head_dim: int) -> Tensor:
+    """[2, seq_len, head_dim / 2]: cosines and sines of the angles by which positions turn (Su et al. 2021, eq. 15)."""
+    position = torch.arange(seq_len, dtype=torch.float32)[:, None]
+    angles = position * torch.exp(torch.arange(0, head_dim, 2, dtype=torch.float32) * (-math.log(10000.0) / head_dim))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x_BHTK: Tensor, angles_2TK: Tensor) -> Tensor:
+    """Turn each pair of channels by its position's angle; pairs are a channel and the one half the width on."""
+    cos, sin = angles_2TK.to(x_BHTK.dtype)
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Dropout(nn.Module):
@@ -81,9 +95,14 @@ class CausalSelfAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(
-        self, x_BTD: Tensor, return_attention: bool = False, cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTD: Tensor,
+        return_attention: bool = False,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        angles_2TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix values by attention.
+        """Mix values by attention; with `angles_2TK` queries and keys are turned by their positions.
 
         Returns:
             [B, T, D], and the weights [B, H, T, S] where `return_attention` asks for them (before dropout).
@@ -91,13 +110,14 @@ class CausalSelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q_BHTK, k_BHSK, v_BHSK = qkv.unbind(0)
-        past = 0
+        past = cache.length if cache is not None else 0
+        if angles_2TK is not None:
+            q_BHTK, k_BHSK = rotate(q_BHTK, angles_2TK), rotate(k_BHSK, angles_2TK)
         if cache is not None:
-            past = cache.length
-            cache.keys[layer, :, :, past : past + T] = k_BHSK
-            cache.values[layer, :, :, past : past + T] = v_BHSK
-            k_BHSK = cache.keys[layer, :, :, : past + T]
-            v_BHSK = cache.values[layer, :, :, : past + T]
+            cache.keys[layer][:, :, past : past + T] = k_BHSK
+            cache.values[layer][:, :, past : past + T] = v_BHSK
+            k_BHSK = cache.keys[layer][:, :, : past + T]
+            v_BHSK = cache.values[layer][:, :, : past + T]
         p = self.dropout.p if self.training else 0.0
         weights_BHTS = None
         if return_attention:
@@ -138,11 +158,16 @@ class DecoderLayer(nn.Module):
         return self.down(self.dropout(self.activation(self.up(x_BTD))))
 
     def forward(
-        self, x_BTD: Tensor, return_attention: bool = False, cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTD: Tensor,
+        return_attention: bool = False,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        angles_2TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer; arguments and returns as `CausalSelfAttention.forward`."""
         inner = self.norm_attention(x_BTD) if self.pre_norm else x_BTD
-        mixed, weights = self.attention(inner, return_attention, cache, layer)
+        mixed, weights = self.attention(inner, return_attention, cache, layer, angles_2TK)
         x_BTD = x_BTD + self.dropout(mixed)
         if self.pre_norm:
             return x_BTD + self.dropout(self.feed_forward(self.norm_feed_forward(x_BTD))), weights
@@ -163,10 +188,14 @@ class Decoder(nn.Module):
         self.seq_len, self.n_heads = shape.seq_len, shape.n_heads
         self.embedding = nn.Embedding(vocab_size, shape.d_model)
         self.embedding_scale = 1.0
+        self.rotary = shape.positions == "rotary"
         if shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(shape.seq_len, shape.d_model) * 0.02)
         else:
-            self.register_buffer("positions", sinusoidal_positions(shape.seq_len, shape.d_model), persistent=False)
+            table = rotary_angles(shape.seq_len, shape.d_model // shape.n_heads) if self.rotary else None
+            if table is None:
+                table = sinusoidal_positions(shape.seq_len, shape.d_model)
+            self.register_buffer("positions", table, persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.n_layers))
         self.final_norm = nn.LayerNorm(shape.d_model) if shape.norm == "pre" else nn.Identity()
         self.head = nn.Linear(shape.d_model, vocab_size)
@@ -182,7 +211,11 @@ class Decoder(nn.Module):
         return self.embedding.weight.device
 
     def forward(
-        self, ids_BT: Tensor, return_attention: bool = False, cache: KVCache | None = None
+        self,
+        ids_BT: Tensor,
+        return_attention: bool = False,
+        cache: KVCache | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Predict the next token at every position.
 
@@ -190,9 +223,11 @@ class Decoder(nn.Module):
             ids_BT: token ids, 1 to `seq_len` positions (the cached ones counted).
             return_attention: take the explicit softmax and return its weights.
             cache: keys and values of earlier tokens; those of `ids_BT` are added to it.
+            last: predict at so many last positions alone.
 
         Returns:
-            logits [B, T, V], and one [B, H, T, S] of attention weights a layer (empty without `return_attention`).
+            logits [B, T, V] (or [B, last, V]), and one [B, H, T, S] of attention weights a layer (empty without
+            `return_attention`).
 
         Raises:
             ValueError: more positions than the window.
@@ -201,23 +236,31 @@ class Decoder(nn.Module):
         T = ids_BT.shape[1]
         if past + T > self.seq_len:
             raise ValueError(f"the window must hold all tokens: got {past + T}, seq_len={self.seq_len}.")
-        x_BTD = self.embedding(ids_BT) * self.embedding_scale + self.positions[past : past + T]
+        x_BTD = self.embedding(ids_BT) * self.embedding_scale
+        angles_2TK = None
+        if self.rotary:
+            angles_2TK = self.positions[:, past : past + T]
+        else:
+            x_BTD = x_BTD + self.positions[past : past + T]
         x_BTD = self.dropout(x_BTD)
         attention: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            x_BTD, weights_BHTS = layer(x_BTD, return_attention, cache, i)
+            x_BTD, weights_BHTS = layer(x_BTD, return_attention, cache, i, angles_2TK)
             if weights_BHTS is not None:
                 attention.append(weights_BHTS)
         if cache is not None:
             cache.length += T
+        if last is not None:
+            x_BTD = x_BTD[:, -last:]
         return self.head(self.final_norm(x_BTD)), attention
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` texts."""
         weight = self.embedding.weight
         head_dim = weight.shape[1] // self.n_heads
-        shape = (len(self.layers), batch_size, self.n_heads, self.seq_len, head_dim)
-        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+        shape = (batch_size, self.n_heads, self.seq_len, head_dim)
+        keys, values = ([weight.new_zeros(shape) for _ in self.layers] for _ in range(2))
+        return KVCache(keys, values)
 
     def n_parameters(self) -> int:
         """Trained weights, a shared matrix counted once."""

@@ -1,4 +1,4 @@
-"""The optimiser's parameter groups, and the learning rate at a step. Knows no data and no loop."""
+"""The optimisers and their parameter groups, and the learning rate at a step. Knows no data and no loop."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ if TYPE_CHECKING:
     from lm.config import TrainConfig
 
 
-def build_optimizer(model: nn.Module, recipe: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), which at weight_decay 0 is Adam; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+def build_optimizers(model: nn.Module, recipe: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019), which at weight_decay 0 is Adam; only matrices decay.
+
+    With `optimizer="muon"` the matrices within the layers are left to Muon (Jordan et al. 2024), scaled so that the
+    size of its steps is AdamW's and one lr serves both (Liu et al. 2025, equation 4).
+    """
+    parameters = dict(model.named_parameters())
+    hidden = [p for name, p in parameters.items() if recipe.optimizer == "muon" and "layers." in name and p.ndim == 2]
+    taken = {id(p) for p in hidden}
+    rest = [p for p in parameters.values() if id(p) not in taken]
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=next(model.parameters()).device.type != "mps")
+    adam = torch.optim.AdamW(groups, lr=recipe.lr, fused=next(model.parameters()).device.type != "mps")
+    if not hidden:
+        return [adam]
+    muon = torch.optim.Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adam, muon]
 
 
 def lr_at(step: int, total_steps: int, recipe: TrainConfig) -> float:

@@ -19,7 +19,7 @@ from lm.checkpoint import TrainState
 from lm.config import TrainConfig
 from lm.data import Windows
 from lm.errors import DivergedError
-from lm.evaluate import Evaluation, evaluate, nats
+from lm.evaluate import Evaluation, Scores, evaluate, nats
 from lm.optim import lr_at
 
 _STEPS_A_GLANCE = 20
@@ -32,7 +32,7 @@ class EpochReport:
     epoch: int
     step: int
     train: Evaluation
-    validation: Evaluation
+    scores: Scores
     is_best: bool
     best_nll: float
     lr: float
@@ -40,6 +40,11 @@ class EpochReport:
     clipped_share: float
     tokens_per_second: float
     seconds: float
+
+    @property
+    def validation(self) -> Evaluation:
+        """All validation targets."""
+        return self.scores.total
 
     def describe(self, epochs: int) -> str:
         """The epoch's summary in one line."""
@@ -76,7 +81,8 @@ def fit(
         trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
         train_seconds = time.perf_counter() - started
         label = f"epoch {epoch}/{config.epochs} validation" if progress else None
-        validated = evaluate(state.model, validation, precision, label)
+        scores = evaluate(state.model, validation, precision, label)
+        validated = scores.total
         if not math.isfinite(validated.nats):
             raise DivergedError(_diverged("validation loss", validated.nats, state))
         is_best = validated.nll < state.best_nll
@@ -87,7 +93,7 @@ def fit(
             epoch=epoch,
             step=state.steps_done,
             train=trained,
-            validation=validated,
+            scores=scores,
             is_best=is_best,
             best_nll=state.best_nll,
             lr=lr,
@@ -112,7 +118,7 @@ def _train_epoch(
     progress: bool,
 ) -> tuple[Evaluation, float, torch.Tensor]:
     """One pass; returns its summed loss, the last lr and the gradient norm of each step."""
-    model, optimizer = state.model.train(), state.optimizer
+    model = state.model.train()
     seed = epoch_seed(config.seed, state.epochs_done)
     runtime.seed_everything(seed)
     tokens, lr = 0, config.lr
@@ -127,16 +133,18 @@ def _train_epoch(
     )
     for i, (inputs_BT, targets_BT) in enumerate(bar):
         lr = lr_at(state.steps_done, total_steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         inputs_BT, targets_BT = inputs_BT.to(model.device), targets_BT.to(model.device)
         with runtime.autocast(model.device, precision):
             logits_BTV, _ = model(inputs_BT)
         loss_sum = nats(logits_BTV, targets_BT)
         (loss_sum / targets_BT.numel()).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(loss_sum.detach())
         tokens += targets_BT.numel()
         state.steps_done += 1

@@ -75,6 +75,11 @@ class Vocab:
         """`encode` of many texts, on all cores."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_places(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """`encode` of many texts, each id with the character of its text at which the token ends."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [list(zip(e.ids, (end for _, end in e.offsets), strict=True)) for e in encoded]
+
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The token of each id, as shown on the axes of attention maps.
 

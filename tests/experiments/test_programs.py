@@ -58,6 +58,7 @@ def test_a_run_logs_all_that_is_promised(
         "checkpoints/last/config.json", "checkpoints/last/model.safetensors",
         "checkpoints/last/optimizer.safetensors", "checkpoints/last/vocab.json",
         "samples/epoch_001.txt", "samples/epoch_002.txt",
+        "scores/test.safetensors", "scores/validation.safetensors",
     ]  # fmt: skip
     assert (artifacts / "samples/epoch_002.txt").read_text().startswith("the otter")
     [model] = tracker.client.search_logged_models([tracker.experiment_id])
@@ -102,7 +103,7 @@ def test_more_epochs_go_on_in_the_same_run(tracker: Tracker, flags: list[str]) -
         train.main(["--resume", "short", "--epochs", "3"])
     with pytest.raises(UserError, match="a resumed run must keep its config: got --lr"):
         train.main(["--resume", "short", "--lr", "1"])
-    with pytest.raises(UserError, match="a resumed run must keep its preset and name"):
+    with pytest.raises(UserError, match="a resumed run must keep its preset, name and seed"):
         train.main(["--resume", "short", "--preset", "tiny"])
     assert tracker.find_run("short").data.tags["lm.epochs"] == "3"
 

@@ -152,13 +152,13 @@ def test_the_ranking_counts_a_trials_best_epoch(study: optuna.Study) -> None:
 
 def test_figures_can_be_made_of_one_trial_and_of_many(study: optuna.Study) -> None:
     complete(study, 10.0)
-    assert "Importances" not in [heading for heading, _, _ in studies.figures(study)]
+    assert "Importances" not in [heading for heading, _, _ in studies.figures(study, baseline=134.4)]
     for _ in range(20):
         trial = ask(study)
         value = suggest(trial)["n_layers"]
         trial.report(value, 1)
         study.tell(trial, value)
-    headings = [heading for heading, _, _ in studies.figures(study)]
+    headings = [heading for heading, _, _ in studies.figures(study, baseline=134.4)]
     assert headings == ["History", "Epoch by epoch", "Importances", "Parallel coordinates", "Slices"]
     assert max(studies.importances(study).items(), key=lambda item: item[1])[0] == "n_layers"
 

@@ -63,13 +63,26 @@ def test_a_resumed_run_that_ends_well_loses_its_old_reason(tracker: Tracker) -> 
 def test_an_epoch_is_logged_once_with_all_its_figures(tracker: Tracker) -> None:
     with tracker.run("test", {}) as run:
         for epoch in (1, 2, 2, 1, 3):
-            run.log_epoch(report(epoch))
+            run.log_epoch(report(epoch), {"validation_loss": 1.5, "validation_perplexity": 4.5})
     names = {"train_loss", "train_perplexity", "validation_loss", "validation_perplexity", "lr", "grad_norm",
              "clipped_share", "tokens_per_second", "epoch_seconds"}  # fmt: skip
     logged = tracker.client.get_run(run.id).data.metrics
     assert set(logged) == names
     for name in names:
         assert [m.step for m in tracker.client.get_metric_history(run.id, name)] == [1, 2, 3]
+
+
+def test_every_figure_of_a_leaking_run_says_so(tracker: Tracker) -> None:
+    with tracker.run("test", {}) as run:
+        run.mark_leaking(["training path: it leaks"])
+        for _ in range(2):
+            run.log_epoch(report(1), {"validation_perplexity": 1.29})
+    logged = tracker.client.get_run(run.id).data
+    assert logged.tags["lm.leak"] == "training path: it leaks"
+    assert logged.metrics["leaking_validation_perplexity"] == 1.29
+    assert all(name.startswith("leaking_") for name in logged.metrics)
+    assert len(tracker.client.get_metric_history(run.id, "leaking_validation_perplexity")) == 1
+    assert tracker.open_run(run.id).leaks
 
 
 def test_a_run_says_what_it_was_made_with(tracker: Tracker) -> None:

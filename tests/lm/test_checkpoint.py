@@ -20,7 +20,7 @@ def folder(
 ) -> Path:
     state = new_state(toy_config)
     state.model(torch.zeros(1, 8, dtype=torch.int64))[0].sum().backward()
-    state.optimizer.step()
+    state.optimizers[0].step()
     state.epochs_done, state.best_nll, state.best_epoch = 3, 1.25, 2
     checkpoint.save(tmp_path / "last", toy_config, toy_text.vocab, state, "digest")
     return tmp_path / "last"
@@ -33,7 +33,7 @@ def test_a_checkpoint_needs_only_its_folder(folder: Path, toy_config: Config, to
     assert loaded.vocab.to_json() == toy_text.vocab.to_json()
     assert (loaded.state.epochs_done, loaded.state.best_nll, loaded.state.best_epoch) == (3, 1.25, 2)
     assert loaded.corpus_digest == "digest"
-    assert len(loaded.state.optimizer.state) == len(list(loaded.state.model.parameters()))
+    assert len(loaded.state.optimizers[0].state) == len(list(loaded.state.model.parameters()))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -76,7 +76,7 @@ def test_an_edited_checkpoint_is_refused(edit: dict[str, object], folder: Path) 
 def test_another_format_version_is_refused(folder: Path) -> None:
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**about, "format_version": 99}))
-    with pytest.raises(UserError, match="a checkpoint must have format 1: got 99"):
+    with pytest.raises(UserError, match="a checkpoint must have format 2: got 99"):
         checkpoint.load(folder)
 
 

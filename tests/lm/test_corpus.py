@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from lm import corpus as corpus_module
 from lm import data
 from lm.config import Config, DataConfig
-from lm.corpus import SPLITS, load_corpus
+from lm.corpus import SPLITS, Record, load_corpus
 from lm.errors import UserError
+from lm.ngram import KneserNey
 from tests.conftest import toy_rows
 
 
@@ -39,7 +41,7 @@ def write(folder: Path, suffix: str) -> Path:
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
 def test_every_kind_of_file_gives_all_records(suffix: str, tmp_path: Path) -> None:
     corpus = load_corpus(DataConfig(corpus=str(write(tmp_path, suffix))), tmp_path / "cache")
-    records = [r for s in SPLITS for r in corpus.splits[s]]
+    records = [r.text for s in SPLITS for r in corpus.splits[s]]
     quote = '"' if suffix == ".tsv" else ""
     assert sorted(records) == sorted(f"{q} {quote}{a}" for q, a in toy_rows())
     assert corpus.name == "toy"
@@ -47,7 +49,7 @@ def test_every_kind_of_file_gives_all_records(suffix: str, tmp_path: Path) -> No
 
 def test_no_question_is_on_two_sides(toy_csv: Path, tmp_path: Path) -> None:
     corpus = load_corpus(DataConfig(corpus=str(toy_csv)), tmp_path / "cache")
-    sides = [{r.split("?")[0] for r in corpus.splits[s]} for s in SPLITS]
+    sides = [{r.text.split("?")[0] for r in corpus.splits[s]} for s in SPLITS]
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     assert [len(s) for s in sides] == [64, 8, 8]
 
@@ -66,9 +68,10 @@ def test_the_sample_needs_no_network_and_keeps_questions_apart(tmp_path: Path) -
     assert len(corpus.splits["train"]) > 1500
 
 
-def test_no_sentence_of_the_sample_is_on_two_sides() -> None:
-    pairs = corpus_module._sample_pairs()
-    questions_of: dict[str, set[str]] = {}
+def test_no_sentence_of_the_sample_is_on_two_sides(tmp_path: Path) -> None:
+    corpus = load_corpus(DataConfig(corpus="sample"), tmp_path)
+    pairs = [(split, record.text) for split in SPLITS for record in corpus.splits[split]]
+    sides_of: dict[str, set[str]] = {}
     import yaml
 
     folder = Path(str(importlib.util.find_spec("chatterbot_corpus").origin)).parent / "data/english"  # type: ignore[union-attr]
@@ -79,14 +82,14 @@ def test_no_sentence_of_the_sample_is_on_two_sides() -> None:
         for turn in conversation
         if isinstance(turn, str)
     }
-    for key, record in pairs:
+    for split, record in pairs:
         text = record.lower()
         for end in range(1, len(text)):
             if text[end] == " " and text[:end] in turns and text[end + 1 :] in turns:
-                questions_of.setdefault(text[:end], set()).add(key)
-                questions_of.setdefault(text[end + 1 :], set()).add(key)
-    assert len(questions_of) > 1000
-    assert all(len(keys) == 1 for keys in questions_of.values())
+                sides_of.setdefault(text[:end], set()).add(split)
+                sides_of.setdefault(text[end + 1 :], set()).add(split)
+    assert len(sides_of) > 1000
+    assert all(len(sides) == 1 for sides in sides_of.values())
 
 
 def test_a_file_that_excel_wrote_is_read(tmp_path: Path) -> None:
@@ -180,6 +183,8 @@ def test_wikiqa_has_the_published_counts(wikiqa_dir: Path, tmp_path: Path) -> No
     corpus = load_corpus(config, tmp_path, wikiqa_dir)
     tokens = data.tokenize(corpus, config, tmp_path)
     assert corpus.name == "wikiqa"
+    copied = {s: round(100 * float(tokens.records[s]["copied"].mean()), 1) for s in ("validation", "test")}
+    assert copied == {"validation": 17.8, "test": 13.4}
     assert {s: len(tokens.ids[s]) for s in SPLITS} == {
         "train": 676_485,
         "validation": 89_745,
@@ -189,6 +194,29 @@ def test_wikiqa_has_the_published_counts(wikiqa_dir: Path, tmp_path: Path) -> No
     unknown = {s: np.mean(tokens.ids[s] == tokens.vocab.unk_id) for s in SPLITS}
     assert abs(unknown["validation"] - 0.056) < 0.001
     assert abs(unknown["test"] - 0.062) < 0.001
+    single_discount = {2: 243.4, 3: 168.2, 4: 143.5, 5: 137.4}  # one discount an order; three are a little better
+    baseline = KneserNey(tokens.ids["train"], len(tokens.vocab))
+    for order, figure in single_discount.items():
+        ours = float(np.exp(baseline.nats(tokens.ids["validation"], order)[1:].mean()))
+        assert 0.96 * figure < ours < figure
+    assert float(np.exp(tokens.baseline_nats["validation"].mean(dtype=float))) == pytest.approx(134.42, abs=0.01)
+
+
+def test_validation_text_put_into_train_is_refused(
+    toy_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = corpus_module._split_by_key
+
+    def leaking(records: Sequence[Record], config: DataConfig) -> dict[str, list[Record]]:
+        splits = honest(records, config)
+        splits["train"] += splits["validation"][:3]
+        return splits
+
+    monkeypatch.setattr(corpus_module, "_split_by_key", leaking)
+    with pytest.raises(
+        UserError, match="a question must be on one side of the split: got 2 of validation that stand in"
+    ):
+        load_corpus(DataConfig(corpus=str(toy_csv)), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["~nobody-at-all/x.csv", "a" * 300 + ".txt"])

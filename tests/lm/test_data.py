@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lm import data
 from lm.config import DataConfig
-from lm.corpus import load_corpus
+from lm.corpus import Record, load_corpus
 from lm.data import Windows
 from lm.errors import UserError
 
@@ -16,7 +16,7 @@ from lm.errors import UserError
 def test_vocabulary_comes_from_train_alone(toy_csv: Path, tmp_path: Path) -> None:
     config = DataConfig(corpus=str(toy_csv), min_count=1)
     corpus = load_corpus(config, tmp_path / "cache")
-    corpus.splits["validation"].append("zebra zebra zebra")
+    corpus.splits["validation"].append(Record("zebra", "zebra zebra zebra", "zebra"))
     tokens = data.tokenize(corpus, config, tmp_path / "cache")
     assert tokens.vocab.encode("zebra") == [tokens.vocab.unk_id]
     assert tokens.ids["validation"][-3:].tolist() == [0, 0, 0]

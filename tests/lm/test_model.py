@@ -7,7 +7,7 @@ from torch import nn
 
 from lm.config import ModelConfig
 from lm.evaluate import nats
-from lm.model import Decoder, Dropout, sinusoidal_positions
+from lm.model import Decoder, Dropout, rotary_angles, rotate, sinusoidal_positions
 
 SHAPE = ModelConfig(d_model=32, n_layers=3, n_heads=4, d_ff=64, seq_len=12)
 VOCAB = 50
@@ -16,10 +16,11 @@ VARIANTS = [
     replace(SHAPE, norm="pre", activation="gelu"),
     replace(SHAPE, positions="learned"),
     replace(SHAPE, tie_embeddings=True),
+    replace(SHAPE, positions="rotary"),
 ]
 
 
-@pytest.fixture(params=VARIANTS, ids=["recipe", "pre-gelu", "learned", "tied"])
+@pytest.fixture(params=VARIANTS, ids=["recipe", "pre-gelu", "learned", "tied", "rotary"])
 def model(request: pytest.FixtureRequest) -> Decoder:
     torch.manual_seed(0)
     return Decoder(request.param, VOCAB).eval()
@@ -150,3 +151,19 @@ def test_the_tiny_preset_has_under_two_million_weights() -> None:
     from lm.config import PRESETS, Config
 
     assert Decoder(Config.from_flat(PRESETS["tiny"]).model, 18_707).n_parameters() < 2_000_000
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    angles = rotary_angles(20, 8)
+    q, k = torch.randn(8), torch.randn(8)
+
+    def score(query_at: int, key_at: int) -> float:
+        turned_q, turned_k = (rotate(x[None], angles[:, at : at + 1])[0] for x, at in ((q, query_at), (k, key_at)))
+        return float(turned_q @ turned_k)
+
+    assert score(7, 4) == pytest.approx(score(19, 16), abs=1e-5)
+    assert score(7, 4) != pytest.approx(score(7, 5), abs=1e-3)
+
+
+def test_the_last_positions_can_be_asked_for_alone(model: Decoder) -> None:
+    torch.testing.assert_close(model(ids(), last=2)[0], model(ids())[0][:, -2:])

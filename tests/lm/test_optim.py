@@ -3,7 +3,7 @@ import torch
 
 from lm.config import ModelConfig, TrainConfig
 from lm.model import Decoder
-from lm.optim import build_optimizer, lr_at
+from lm.optim import build_optimizers, lr_at
 
 
 def test_without_decay_it_is_adam() -> None:
@@ -13,7 +13,7 @@ def test_without_decay_it_is_adam() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randint(0, 11, (2, 4))
     adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    for model, optimizer in ((ours, build_optimizer(ours, TrainConfig(lr=1e-2))), (theirs, adam)):
+    for model, optimizer in ((ours, build_optimizers(ours, TrainConfig(lr=1e-2))[0]), (theirs, adam)):
         for _ in range(5):
             optimizer.zero_grad()
             model(x)[0].logsumexp(-1).sum().backward()
@@ -23,7 +23,7 @@ def test_without_decay_it_is_adam() -> None:
 
 def test_only_matrices_decay() -> None:
     model = Decoder(ModelConfig(d_model=8, n_layers=1, n_heads=2, d_ff=16, seq_len=4), 11)
-    matrices, vectors = build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    matrices, vectors = build_optimizers(model, TrainConfig(weight_decay=0.1))[0].param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
@@ -35,3 +35,15 @@ def test_lr_rises_then_stays_or_falls_to_zero() -> None:
     assert lr_at(0, 100, cosine) == 1.0
     assert lr_at(50, 100, cosine) == pytest.approx(0.5)
     assert lr_at(100, 100, cosine) == pytest.approx(0.0)
+
+
+def test_muon_takes_the_layers_matrices_and_leaves_the_rest_to_adam() -> None:
+    model = Decoder(ModelConfig(d_model=8, n_layers=2, n_heads=2, d_ff=16, seq_len=4), 11)
+    adam, muon = build_optimizers(model, TrainConfig(optimizer="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    parts = ("attention.qkv", "attention.out", "up", "down")
+    assert taken == {f"layers.{i}.{part}.weight" for i in range(2) for part in parts}
+    rest = {names[id(p)] for group in adam.param_groups for p in group["params"]}
+    assert rest | taken == set(names.values())
+    assert not rest & taken

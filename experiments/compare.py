@@ -1,0 +1,92 @@
+"""Say whether two runs really differ: the same tokens, paired, with a 95 % interval.
+
+    python experiments/compare.py RUN RUN
+    python experiments/compare.py GROUP GROUP --split test
+
+A run is named by its id or its name; the name given to `train.py --seeds` stands for all its seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from experiments import cli
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.scores import Difference, Side
+    from experiments.tracking import Tracker
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, read the score sheets, print the difference and the verdict."""
+    parser = cli.Parser(__doc__ or "")
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run, or a group of seeds")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
+    args = parser.parse(argv)
+
+    from experiments import scores
+    from experiments.settings import Settings
+    from experiments.tracking import Tracker
+
+    tracker = Tracker(Settings.load())
+    a, b = (_side(tracker, name, args.split) for name in args.runs)
+    print(describe(a, b, scores.compare(a, b), f"{args.split}, all records"))
+    records = a.sheets[0].records
+    if (records["copied"] | records["shared"]).all():
+        print(f"{args.split}, clean records: there is none")
+    else:
+        print(describe(a, b, scores.compare(a, b, clean=True), f"{args.split}, clean records"))
+    if min(len(a.sheets), len(b.sheets)) == 1:
+        print("One seed a side: another seed may move each as well. Try train.py --seeds 5 for both.")
+
+
+def _side(tracker: Tracker, name: str, split: str) -> Side:
+    """The score sheets of a run, or of each run of a group."""
+    from experiments.scores import Sheet, Side
+
+    found = tracker.find_run(name)
+    members = tracker.runs_of_group(found.info.run_id) or [found]
+    sheets: list[Sheet] = []
+    for member in members:
+        run = tracker.open_run(member.info.run_id)
+        if run.leaks:
+            raise UserError(f"a comparison needs honest runs: got {run.name}, which leaks. Try another run.")
+        file = run.fetch_artifact(f"scores/{split}.safetensors")
+        if file is None:
+            raise UserError(
+                f"a run must have scores on {split} to be compared: got {run.name}, which has none. "
+                f"Try {'--split validation, or ' if split == 'test' else ''}a run that train.py finished."
+            )
+        sheets.append(Sheet.read(file))
+    return Side(name, sheets)
+
+
+def describe(a: Side, b: Side, found: Difference, what: str) -> str:
+    """The two sides, their difference and the verdict, in four lines."""
+    unit = "perplexity" if found.unit == "token" else "bits a byte"
+
+    def side(name: str, means: list[float]) -> str:
+        shown = [math.exp(x) if found.unit == "token" else x / math.log(2) for x in means]
+        mean = sum(shown) / len(shown)
+        sd = math.sqrt(sum((x - mean) ** 2 for x in shown) / (len(shown) - 1)) if len(shown) > 1 else 0.0
+        spread = f" +- {sd:.3f} (standard deviation of {len(shown)} seeds)" if len(shown) > 1 else ""
+        return f"{name}: {unit} {mean:.3f}{spread}"
+
+    better, worse, sign = (b.name, a.name, 1) if found.less > 0 else (a.name, b.name, -1)
+    low, high = sorted((sign * found.low, sign * found.high))
+    seeds = "" if found.p_seeds is None else f"; t-test over seeds p = {found.p_seeds:.2g}"
+    verdict = f"The difference is real: {better} is better." if found.is_real else "No difference is shown."
+    change = f" ({math.exp(-abs(found.less)) - 1:+.1%} perplexity)" if found.unit == "token" else ""
+    return (
+        f"{what}: {found.n_targets:,} tokens of {found.n_questions:,} questions\n"
+        f"  A {side(a.name, found.a)}\n  B {side(b.name, found.b)}\n"
+        f"  {better} pays {abs(found.less):.4f} nats a {found.unit} less than {worse}{change}, "
+        f"95 % interval {low:.4f} to {high:.4f}{seeds}\n  {verdict}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,255 @@
+"""Reproduce an impossible perplexity and name its cause: two faults, apart and together, on the same text.
+
+    python experiments/leak_study.py           a small network, minutes
+    python experiments/leak_study.py --full    the write-up's size: 50,000 windows of 32, 80/20, 10 epochs; hours
+
+Fault one: windows with stride 1 dealt at random to train and validation, so that validation text has been trained on.
+Fault two: `nn.TransformerDecoder` with its own input as memory and a mask on the target alone, so that cross-attention
+sees the tokens to be predicted. The audits that every run makes must name each cell that has a fault.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experiments import cli
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.run import Text
+    from experiments.tracking import Tracker
+    from lm.config import Config
+    from lm.data import Windows
+    from lm.model import Decoder
+
+PUBLISHED = {"8.19, after one epoch": 8.19, "1.76": 1.76, "1.29, after ten epochs": 1.29}
+_QUICK = {"d_model": 128, "n_layers": 2, "n_heads": 4, "d_ff": 512, "lr": 1e-3, "epochs": 8}
+_QUICK_WINDOWS, _FULL_WINDOWS, _TRAIN_SHARE = 5_000, 50_000, 0.8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of a split and a network."""
+
+    name: str
+    dealt: bool
+    network: str
+
+
+CELLS = (
+    Cell("no fault", dealt=False, network="causal"),
+    Cell("overlapping windows", dealt=True, network="causal"),
+    Cell("open memory", dealt=False, network="memory"),
+    Cell("both faults", dealt=True, network="memory"),
+    Cell("no mask at all, overlapping windows", dealt=True, network="unmasked"),
+)
+
+
+@dataclass
+class Outcome:
+    """What became of a cell: validation perplexity after each epoch, and what the audits found."""
+
+    cell: Cell
+    perplexities: list[float]
+    findings: str
+
+    @property
+    def is_caught(self) -> bool:
+        """Whether the audits name each of the cell's faults, and no other."""
+        windows, network = "validation windows" in self.findings, "training path" in self.findings
+        return (windows, network) == (self.cell.dealt, self.cell.network != "causal")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, train each cell, print the table, write the page, and fail if a fault went unnoticed."""
+    parser = cli.Parser(__doc__ or "")
+    parser.add_argument("--full", action="store_true", help="the write-up's size (default: a small network)")
+    parser.add_argument("--windows", type=int, help=f"(default: {_QUICK_WINDOWS:,}, or {_FULL_WINDOWS:,} with --full)")
+    parser.add_argument("--cells", type=int, nargs="+", metavar="N", help="only these cells, by number (default: all)")
+    cli.add_config_flags(parser, **_QUICK)
+    args = parser.parse(argv)
+    config = cli.config_of(args, **({} if args.full else _QUICK))
+    wanted = args.cells or list(range(1, len(CELLS) + 1))
+    if not set(wanted) <= set(range(1, len(CELLS) + 1)):
+        raise UserError(f"cells must be numbers from 1 to {len(CELLS)}: got {wanted}. Try --cells 1 4.")
+
+    from experiments import run as runs
+    from experiments.settings import Settings
+    from experiments.tracking import Tracker
+
+    tracker = Tracker(Settings.load())
+    text = runs.read_text(config.data, tracker.settings)
+    n_windows = args.windows or (_FULL_WINDOWS if args.full else _QUICK_WINDOWS)
+    most = len(text.tokens.ids["train"]) - config.model.seq_len
+    if args.windows is None and not args.full:
+        n_windows = min(n_windows, most)
+    if not 2 * config.train.batch_size <= n_windows <= most:
+        raise UserError(
+            f"windows must be from {2 * config.train.batch_size} to {most:,} on this text: got {n_windows:,}. "
+            f"Try --windows {most}."
+        )
+    print(text.corpus.describe())
+    print(f"on {runs.machine(config)}")
+    print(f"{n_windows:,} windows of {config.model.seq_len}, {_TRAIN_SHARE:.0%} to train, {config.train.epochs} epochs")
+    began, outcomes = time.perf_counter(), list[Outcome]()
+    for i, number in enumerate(wanted):
+        outcomes.append(train_cell(CELLS[number - 1], config, text, n_windows, tracker))
+        left = (time.perf_counter() - began) / (i + 1) * (len(wanted) - i - 1)
+        print(f"cell {i + 1}/{len(wanted)} done, about {cli.duration(left)} left", flush=True)
+    conclude(outcomes, config, text, n_windows, tracker)
+    missed = [outcome.cell.name for outcome in outcomes if not outcome.is_caught]
+    if missed:
+        raise AssertionError(f"an audit must name each fault and no other: missed {missed}")
+
+
+def train_cell(cell: Cell, config: Config, text: Text, n_windows: int, tracker: Tracker) -> Outcome:
+    """Train one cell in a run of its own, marked as leaking where it does."""
+    from experiments import run as runs
+    from lm import audit, runtime, train
+    from lm.checkpoint import TrainState
+    from lm.optim import build_optimizers
+
+    train_windows, validation_windows = cut(cell, config, text, n_windows)
+    runtime.seed_everything(config.train.seed)
+    model = build(cell, config, len(text.tokens.vocab)).to(runtime.resolve_device(config.train.device))
+    state = TrainState(model, build_optimizers(model, config.train))
+    paths = audit.PATHS if cell.network == "causal" else {"training": audit.PATHS["training"]}
+    with tracker.run(f"leak study: {cell.name}", {"lm.kind": "leak_study", "lm.cell": cell.name}) as run:
+        run.log_params({**config.flat(), "windows": n_windows, "cell": cell.name})
+        run.log_corpus(text.corpus)
+        runs.audit_run(run, model, train_windows, validation_windows, text, config, allow_leak=True, paths=paths)
+        outcome = Outcome(cell, [], run.tags()["lm.audit"])
+        print(f"\n{cell.name}\n  audit: {outcome.findings}", flush=True)
+        for report in train.fit(state, train_windows, validation_windows, config.train, cli.is_terminal()):
+            total = report.validation
+            run.log_epoch(report, {"validation_loss": total.nll, "validation_perplexity": total.perplexity})
+            outcome.perplexities.append(total.perplexity)
+            print(f"  {report.describe(config.train.epochs)}", flush=True)
+    return outcome
+
+
+def cut(cell: Cell, config: Config, text: Text, n_windows: int) -> tuple[Windows, Windows]:
+    """Training and validation windows of a cell: as many training windows, with stride 1, in each."""
+    import numpy as np
+
+    from lm.data import Windows
+
+    ids, T = text.tokens.ids["train"], config.model.seq_len
+    n_train = round(n_windows * _TRAIN_SHARE)
+    if cell.dealt:
+        order = np.random.default_rng(config.data.split_seed).permutation(n_windows)
+        return Windows(ids, T, np.sort(order[:n_train])), Windows(ids, T, np.sort(order[n_train:]))
+    unseen = text.tokens.ids["validation"][: (n_windows - n_train) * T + 1]
+    return Windows(ids, T, np.arange(n_train)), Windows(unseen, T)
+
+
+def build(cell: Cell, config: Config, vocab_size: int) -> Decoder:
+    """The project's decoder, or torch's with a fault in it; embeddings, positions and head are the same."""
+    from torch import Tensor, nn
+
+    from lm.model import Decoder, KVCache
+
+    shape = config.model
+
+    class Faulty(Decoder):
+        """Its own layers are replaced by torch's; logits alone are given."""
+
+        def __init__(self) -> None:
+            super().__init__(shape, vocab_size)
+            self.layers = nn.ModuleList()
+            sizes = (shape.d_model, shape.n_heads, shape.d_ff, shape.dropout)
+            self.memory = cell.network == "memory"
+            if self.memory:
+                self.body = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, batch_first=True), shape.n_layers)
+            else:
+                layer = nn.TransformerEncoderLayer(*sizes, batch_first=True)
+                self.body = nn.TransformerEncoder(layer, shape.n_layers, enable_nested_tensor=False)
+
+        def forward(
+            self,
+            ids_BT: Tensor,
+            return_attention: bool = False,
+            cache: KVCache | None = None,
+            last: int | None = None,
+        ) -> tuple[Tensor, list[Tensor]]:
+            T = ids_BT.shape[1]
+            x_BTD = self.dropout(self.embedding(ids_BT) * self.embedding_scale + self.positions[:T])
+            mask_TT = nn.Transformer.generate_square_subsequent_mask(T, device=x_BTD.device)
+            x_BTD = self.body(x_BTD, memory=x_BTD, tgt_mask=mask_TT) if self.memory else self.body(x_BTD)
+            return self.head(x_BTD), []
+
+    return Decoder(shape, vocab_size) if cell.network == "causal" else Faulty()
+
+
+def conclude(outcomes: Sequence[Outcome], config: Config, text: Text, n_windows: int, tracker: Tracker) -> None:
+    """Print the table and what it says, write the page, and log it to a run that sums the study up."""
+    from experiments import plots
+    from experiments import run as runs
+
+    header = ["cell", "epoch 1", f"epoch {config.train.epochs}", "caught", "what the audits found"]
+    rows = [
+        [
+            o.cell.name,
+            f"{o.perplexities[0]:.2f}",
+            f"{o.perplexities[-1]:.2f}",
+            "yes" if o.is_caught else "NO",
+            o.findings,
+        ]
+        for o in outcomes
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
+    print()
+    for row in [header, *rows]:
+        print(
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:4], widths[1:], strict=True)), row[4]]
+            )
+        )
+    nearest = min(outcomes, key=lambda o: abs(math.log(o.perplexities[-1] / PUBLISHED["1.29, after ten epochs"])))
+    baseline = runs.baseline_figures(text)["baseline_perplexity"]
+    says = (
+        f"Nearest to the published 1.29 comes '{nearest.cell.name}' with {nearest.perplexities[-1]:.2f} after "
+        f"{config.train.epochs} epochs ({nearest.perplexities[0]:.2f} after one, published 8.19). "
+        f"A 5-gram model on the honest split: {baseline:.2f}."
+    )
+    print(f"\n{says}")
+    about = (
+        f"{n_windows:,} windows of {config.model.seq_len} tokens with stride 1, {_TRAIN_SHARE:.0%} of them to train, "
+        f"{config.train.epochs} epochs, d_model {config.model.d_model}, {config.model.n_layers} layers, "
+        f"corpus {text.corpus.name}. {says}"
+    )
+    how = "Validation perplexity after each epoch; the dashed lines are the published figures and the n-gram baseline."
+    figure = curves(outcomes, baseline)
+    page = plots.report_page("Leak study", about, [("The fall", how, figure)], plots.html_table(header, rows))
+    path = tracker.settings.mlruns / "reports" / "leak-study.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    with tracker.run("leak study", {"lm.kind": "leak_study_summary"}) as run:
+        run.log_params({**config.flat(), "windows": n_windows})
+        run.log_page("report.html", page)
+    print(f"report   {path}")
+    print("browse   python experiments/ui.py, which opens")
+    print(f"summary  {tracker.run_link(tracker.ui_address(), run.id, 'report.html')}")
+
+
+def curves(outcomes: Sequence[Outcome], baseline: float) -> Any:
+    """A Plotly figure: a line a cell on a logarithmic axis, with the published figures."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for outcome in outcomes:
+        epochs = list(range(1, len(outcome.perplexities) + 1))
+        figure.add_scatter(x=epochs, y=outcome.perplexities, mode="lines+markers", name=outcome.cell.name)
+    for label, value in {**{f"published: {k}": v for k, v in PUBLISHED.items()}, "n-gram baseline": baseline}.items():
+        figure.add_hline(y=value, line_dash="dash", line_color="#888", annotation_text=label)
+    figure.update_layout(xaxis_title="epoch", yaxis_title="validation perplexity", height=560)
+    figure.update_yaxes(type="log")
+    return figure
+
+
+if __name__ == "__main__":
+    cli.run(main)

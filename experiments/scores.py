@@ -1,0 +1,166 @@
+"""Score sheets: what a model paid for every token of a split, and whether two models really differ.
+
+Knows neither MLflow nor training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from lm.errors import UserError
+
+_DRAWS = 10_000
+_COLUMNS = ("tokens", "bytes", "written_nats", "group", "copied", "shared")
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The nats of each target [targets] of a split, and its table of records (`lm.data.TokenizedCorpus.records`)."""
+
+    nats: npt.NDArray[np.float32]
+    records: dict[str, npt.NDArray[Any]]
+    tokens_digest: str
+    corpus_digest: str
+    seed: int
+
+    def pack(self) -> bytes:
+        """As one safetensors file; `Sheet.read` is the inverse."""
+        about = {"tokens_digest": self.tokens_digest, "corpus_digest": self.corpus_digest, "seed": self.seed}
+        return save({"nats": self.nats, **self.records}, metadata={"about": json.dumps(about)})
+
+    @classmethod
+    def read(cls, path: Path) -> Sheet:
+        """Read a file that `pack` made.
+
+        Raises:
+            UserError: it is none.
+        """
+        try:
+            with safe_open(path, framework="numpy") as f:
+                about = json.loads(f.metadata()["about"])
+                records = {name: f.get_tensor(name) for name in _COLUMNS}
+                return cls(f.get_tensor("nats"), records, **about)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"a score sheet must be as it was written: got {type(e).__name__} in {path.name}. Try training again."
+            ) from e
+
+    def per_record(self) -> Floats:
+        """Nats [records] of each record's targets; the very first token is none."""
+        ends = np.cumsum(self.records["tokens"]) - 1
+        before = np.concatenate([[0.0], np.cumsum(self.nats, dtype=np.float64)])
+        return np.diff(before[np.concatenate([[0], np.maximum(ends, 0)])])
+
+
+@dataclass(frozen=True)
+class Side:
+    """One configuration: the score sheets of its runs, a seed each."""
+
+    name: str
+    sheets: Sequence[Sheet]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of its runs."""
+        return [sheet.seed for sheet in self.sheets]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much less B pays than A: nats a token (or a byte), with a 95 % interval over resampled questions."""
+
+    unit: str
+    a: list[float]
+    b: list[float]
+    less: float
+    low: float
+    high: float
+    n_questions: int
+    n_targets: int
+    p_seeds: float | None
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval excludes 0, and the seeds (if both have several) agree at the 5 % level."""
+        return (self.low > 0 or self.high < 0) and (self.p_seeds is None or self.p_seeds < 0.05)
+
+
+def compare(a: Side, b: Side, clean: bool = False) -> Difference:
+    """Paired bootstrap (Koehn 2004) of the difference between two sides on one split.
+
+    Tokens of one question stand and fall together, so whole questions are drawn. Where both sides have the same tokens
+    the unit is a token; on one text with two vocabularies it is a byte, with written forms paid for. With several seeds
+    a side's nats are their mean, and a t-test over the seeds is made as well: paired where the seeds are the same,
+    Welch's otherwise.
+
+    Args:
+        clean: count only records that have neither their answer nor a run of 13 words in train.
+
+    Raises:
+        UserError: the sides were measured on different text, or no clean record is left.
+    """
+    from scipy import stats
+
+    sheets = [*a.sheets, *b.sheets]
+    if len({sheet.corpus_digest for sheet in sheets}) > 1:
+        raise UserError(
+            f"runs must be measured on the same text: got {a.name} and {b.name} on texts of different digests. "
+            "Try two runs of one --corpus."
+        )
+    per_byte = len({sheet.tokens_digest for sheet in sheets}) > 1
+    records = sheets[0].records
+    kept = ~(records["copied"] | records["shared"]) if clean else np.ones(len(records["group"]), bool)
+    if not kept.any():
+        raise UserError("a comparison needs records: got no clean one. Try it without --clean.")
+    groups = np.unique(records["group"][kept], return_inverse=True)[1]
+
+    def sums(values: npt.NDArray[Any]) -> Floats:
+        return np.bincount(groups, values[kept].astype(np.float64)).astype(np.float64)
+
+    def paid(sheet: Sheet) -> Floats:
+        return sums(sheet.per_record() + (sheet.records["written_nats"] if per_byte else 0.0))
+
+    targets = records["tokens"].copy()
+    targets[0] -= 1
+    weight_G = sums(records["bytes"] if per_byte else targets)
+    paid_a, paid_b = ([paid(sheet) for sheet in side.sheets] for side in (a, b))
+    less_G = np.mean(paid_a, axis=0) - np.mean(paid_b, axis=0)
+    n = len(weight_G)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
+    drawn = (counts @ less_G) / (counts @ weight_G)
+    low, high = (float(x) for x in np.quantile(drawn, [0.025, 0.975]))
+    mean_a, mean_b = ([float(p.sum() / weight_G.sum()) for p in side] for side in (paid_a, paid_b))
+    p_seeds = None
+    if min(len(mean_a), len(mean_b)) > 1:
+        by_seed_a, by_seed_b = (
+            [mean for _, mean in sorted(zip(side.seeds, means, strict=True))]
+            for side, means in ((a, mean_a), (b, mean_b))
+        )
+        if sorted(a.seeds) == sorted(b.seeds):
+            test: Any = stats.ttest_rel(by_seed_a, by_seed_b)
+        else:
+            test = stats.ttest_ind(by_seed_a, by_seed_b, equal_var=False)
+        p_seeds = float(test.pvalue) if math.isfinite(test.pvalue) else None
+    return Difference(
+        unit="byte" if per_byte else "token",
+        a=mean_a,
+        b=mean_b,
+        less=float(less_G.sum() / weight_G.sum()),
+        low=low,
+        high=high,
+        n_questions=n,
+        n_targets=int(sums(targets).sum()),
+        p_seeds=p_seeds,
+    )

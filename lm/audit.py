@@ -1,0 +1,150 @@
+"""Checks that a perplexity can be trusted, made on every run: what the model sees, and what it is measured on.
+
+Each check returns its findings in words; none is good news. Knows neither files nor the training loop.
+
+Shape suffixes: B batch, T query position, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lm.data import Windows
+from lm.errors import LeakError
+from lm.model import Decoder
+from lm.runtime import autocast
+
+_BATCH, _LONGEST, _POSITIONS = 2, 256, 4
+
+Path = Callable[[Decoder, Tensor], Tensor]
+
+
+def _training(model: Decoder, ids_BT: Tensor) -> Tensor:
+    torch.manual_seed(0)  # equal dropout in each pass
+    return model.train()(ids_BT)[0]
+
+
+def _attention(model: Decoder, ids_BT: Tensor) -> Tensor:
+    return model.eval()(ids_BT, return_attention=True)[0]
+
+
+def _cached(model: Decoder, ids_BT: Tensor) -> Tensor:
+    cache, half = model.eval().new_cache(len(ids_BT)), ids_BT.shape[1] // 2
+    with torch.no_grad():  # a second write into the cache would break the gradients of the first
+        first_BTV, _ = model(ids_BT[:, :half], cache=cache)
+    rest_BTV, _ = model(ids_BT[:, half:], cache=cache)
+    return torch.cat([first_BTV, rest_BTV], dim=1)
+
+
+PATHS: dict[str, Path] = {"training": _training, "attention": _attention, "cached generation": _cached}
+"""The ways in which logits are made: with dropout and fused attention, with weights returned, and with a cache."""
+
+
+def causality(
+    model: Decoder,
+    vocab_size: int,
+    precision: torch.dtype = torch.float32,
+    seed: int = 0,
+    paths: Mapping[str, Path] = PATHS,
+) -> list[str]:
+    """Whether logits at a position depend on later tokens, on each path, at random positions.
+
+    Two tests, both exact: the gradient of the logits with respect to the later embeddings is zero, and other later
+    tokens leave the earlier logits equal to the bit. Weights, gradients, mode and random state stay as they were.
+    """
+    T = min(model.seq_len, _LONGEST)
+    if T < 2:
+        return []
+    rng = np.random.default_rng(seed)
+    positions = sorted({0, *(int(t) for t in rng.integers(0, T - 1, _POSITIONS)), T - 2})
+    ids_BT, others_BT = (torch.from_numpy(rng.integers(0, vocab_size, (_BATCH, T))).to(model.device) for _ in range(2))
+    others_BT = torch.where(others_BT == ids_BT, (others_BT + 1) % vocab_size, others_BT)
+    findings: list[str] = []
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        for name, path in paths.items():
+            with autocast(model.device, precision):
+                leak = _gradient_leak(model, ids_BT, path, positions) or _token_leak(
+                    model, ids_BT, others_BT, path, positions
+                )
+            if leak:
+                findings.append(f"{name} path: {leak}")
+    model.train(was_training)
+    return findings
+
+
+def _gradient_leak(model: Decoder, ids_BT: Tensor, path: Path, positions: Sequence[int]) -> str:
+    embedded: list[Tensor] = []
+
+    def cut(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_(torch.is_grad_enabled())
+        embedded.append(leaf)
+        return leaf
+
+    hook = model.embedding.register_forward_hook(cut)
+    try:
+        logits_BTV = path(model, ids_BT)
+    finally:
+        hook.remove()
+    start = sum(part.shape[1] for part in embedded[:-1])  # the last part has gradients
+    weights_V = torch.randn(logits_BTV.shape[-1], device=logits_BTV.device)
+    for t in positions:
+        if t < start:
+            continue
+        seen = (logits_BTV[:, t].float() * weights_V).sum()
+        (gradient_BTD,) = torch.autograd.grad(seen, embedded[-1], retain_graph=True)
+        later = gradient_BTD[:, t - start + 1 :].abs().amax(dim=(0, 2))
+        if bool((later != 0).any()):  # NaN too
+            at = t + 1 + int(later.ne(0).int().argmax())
+            return f"the logits at position {t} have a gradient with respect to the token at {at}"
+    return ""
+
+
+@torch.no_grad()
+def _token_leak(model: Decoder, ids_BT: Tensor, others_BT: Tensor, path: Path, positions: Sequence[int]) -> str:
+    before_BTV = path(model, ids_BT)
+    for t in positions:
+        changed_BT = torch.cat([ids_BT[:, : t + 1], others_BT[:, t + 1 :]], dim=1)
+        if not torch.equal(path(model, changed_BT)[:, : t + 1], before_BTV[:, : t + 1]):
+            return f"other tokens after position {t} change the logits up to it"
+    return ""
+
+
+def alignment(windows: Windows, what: str) -> list[str]:
+    """Whether each target is the token after its input, in the first batch of a training and an evaluation pass."""
+    for batches in (windows.shuffled(_BATCH, 0), windows.in_order(_BATCH)):
+        for inputs_BT, targets_BT in batches:
+            if not torch.equal(inputs_BT[:, 1:], targets_BT[:, :-1]):
+                return [f"{what} windows: a target is not the token after its input"]
+            break
+    return []
+
+
+def separation(train: Windows, validation: Windows) -> list[str]:
+    """Whether windows of two splits share text: positions of one array of ids that both cover."""
+    if not np.may_share_memory(train.ids, validation.ids):
+        return []
+    targets = (
+        np.arange(1, len(validation.ids))
+        if validation.starts is None
+        else (validation.starts[:, None] + 1 + np.arange(validation.seq_len)).ravel()
+    )
+    trained_on = int(train.covered()[targets].sum())
+    if not trained_on:
+        return []
+    share = trained_on / len(targets)
+    return [f"validation windows: {share:.1%} of {len(targets):,} targets stand in training windows too"]
+
+
+def require(findings: Sequence[str]) -> None:
+    """Raise LeakError if there are findings."""
+    if findings:
+        raise LeakError(
+            f"a model must be measured on what it has not seen: got {'; '.join(findings)}. "
+            "Try mending the model, or --allow-leak, which marks the run and its figures as leaking."
+        )

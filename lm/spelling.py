@@ -1,0 +1,79 @@
+"""What it costs to write a text out, once its tokens are known: capitals, spaces, and the words that became `<unk>`.
+
+A word-level vocabulary drops all of these. To compare it with another vocabulary by bits per byte they must be paid
+for, as Brown et al. 1992 ("An estimate of an upper bound for the entropy of English") pay for spelling, case and
+spacing beside their tokens. Here one model serves the three. A token's written form is the text from the end of the
+token before it to its own end (" The"); its probability is its share among the forms that this token had in train,
+mixed with a spelling byte by byte, in the proportion of Witten and Bell 1991 (method C):
+
+    p(form | token) = (count(token, form) + kinds(token) * spell(form)) / (count(token) + kinds(token))
+
+`spell` is a Kneser-Ney model over the bytes of the forms that `<unk>` had in train. Byte-level BPE loses nothing, and
+its cost is 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lm.ngram import KneserNey
+from lm.vocab import Vocab
+
+_END = 256
+_BYTE_ORDER = 5
+
+
+def written_nats(vocab: Vocab, train: Sequence[str], splits: Sequence[Sequence[str]]) -> list[npt.NDArray[np.float64]]:
+    """Cost of the written forms of each record [records], in nats, for each of `splits`; a line ends each record."""
+    if vocab.kind == "bpe":
+        return [np.zeros(len(split)) for split in splits]
+    counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    for forms in _forms(vocab, train):
+        for token, form in forms:
+            counts[token][form] += 1
+    totals = {token: sum(seen.values()) for token, seen in counts.items()}
+    rare = list(counts[vocab.unk_id]) or [form for seen in counts.values() for form in seen]
+    speller = KneserNey(_bytes(rare), 257, _BYTE_ORDER)
+    costs: list[npt.NDArray[np.float64]] = []
+    for split in splits:
+        written = list(_forms(vocab, split))
+        spelled = _spell(speller, {form for forms in written for _, form in forms})
+
+        def cost(token: int, form: str, spelled: dict[str, float] = spelled) -> float:
+            seen = counts[token]
+            share = (seen[form] + len(seen) * spelled[form]) / (totals[token] + len(seen)) if seen else spelled[form]
+            return -float(np.log(share))
+
+        costs.append(np.array([sum(cost(token, form) for token, form in forms) for forms in written]))
+    return costs
+
+
+def _forms(vocab: Vocab, records: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Each token of a record with its written form; that of the first one begins with the end of the line before."""
+    for record, encoded in zip(records, vocab.encode_with_places(records), strict=True):
+        forms: list[tuple[int, str]] = []
+        done = 0
+        for token, end in encoded:
+            forms.append((token, ("" if forms else "\n") + record[done : max(done, end)]))
+            done = max(done, end)
+        yield forms
+
+
+def _bytes(forms: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Forms one after another, so many ends between them that no form is seen from the next."""
+    gap = [_END] * (_BYTE_ORDER - 1)
+    return np.array([*gap, *(b for form in forms for b in (*form.encode(), *gap))], np.int64)
+
+
+def _spell(speller: KneserNey, forms: set[str]) -> dict[str, float]:
+    """Probability of each form: its bytes, and the end after them."""
+    ordered = sorted(forms)
+    before = np.concatenate([[0.0], np.cumsum(speller.nats(_bytes(ordered)))])
+    lengths = np.array([len(form.encode()) for form in ordered], np.int64)
+    gap = _BYTE_ORDER - 1
+    starts = gap + np.concatenate([[0], np.cumsum(lengths + gap)[:-1]]).astype(np.int64)[: len(ordered)]
+    return dict(zip(ordered, np.exp(before[starts] - before[starts + lengths + 1]).tolist(), strict=True))

@@ -1,0 +1,193 @@
+"""Leaks, error bars and comparisons, as a person meets them in the programs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import compare, leak_study, train, tune
+from experiments.settings import Settings
+from experiments.tracking import Tracker
+from lm import data, model
+from lm.errors import DivergedError, LeakError, UserError
+from tests.conftest import TOY_FLAGS
+
+
+@pytest.fixture
+def tracker(lab: Path) -> Tracker:
+    return Tracker(Settings.load())
+
+
+@pytest.fixture
+def flags(toy_csv: Path) -> list[str]:
+    return [*TOY_FLAGS, "--corpus", str(toy_csv)]
+
+
+@pytest.fixture
+def without_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything(n_queries: int, past: int, device: torch.device) -> torch.Tensor:
+        return torch.ones(n_queries, past + n_queries, dtype=torch.bool, device=device)
+
+    monkeypatch.setattr(model, "_causal", everything)
+
+
+def test_a_run_logs_figures_that_can_be_trusted(
+    tracker: Tracker, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*flags, "--run-name", "honest", "--context", "sliding"])
+    run = tracker.find_run("honest")
+    logged = run.data.metrics
+    assert run.data.tags["lm.audit"] == "passed"
+    for split in ("validation", "test", "sliding_validation", "sliding_test", "baseline", "baseline_test"):
+        for kind in ("loss", "perplexity", "clean_perplexity", "bits_per_byte"):
+            assert logged[f"{split}_{kind}"] > 0, (split, kind)
+        assert logged[f"{split}_perplexity"] == pytest.approx(np.exp(logged[f"{split}_loss"]))
+    for split in ("validation", "test"):
+        for share in ("unknown", "answers_in_train", "runs_in_train", "clean"):
+            assert 0 <= logged[f"{split}_{share}_share"] <= 1
+    assert logged["sliding_validation_perplexity"] != logged["validation_perplexity"]
+    [point] = tracker.client.get_metric_history(run.info.run_id, "test_perplexity")
+    assert point.step == logged["best_epoch"]
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^baseline: Kneser-Ney 5-gram, validation perplexity [\d.]+, [\d.]+ on clean records$", printed, re.M
+    )
+    assert re.search(
+        r"^test, best checkpoint: perplexity [\d.]+ \(baseline [\d.]+, [+-][\d.]+%\), on clean", printed, re.M
+    )
+
+
+def test_test_is_read_once_for_a_best_epoch(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "once", "--epochs", "2"])
+    train.main(["--resume", "once", "--epochs", "3", "--device", "cpu"])
+    run = tracker.find_run("once")
+    steps = [p.step for p in tracker.client.get_metric_history(run.info.run_id, "test_perplexity")]
+    assert steps == [2, 3]
+    assert run.data.tags["lm.test_epoch"] == "3"
+
+
+@pytest.mark.usefixtures("without_mask")
+def test_a_model_without_its_mask_is_stopped_before_the_first_step(tracker: Tracker, flags: list[str]) -> None:
+    with pytest.raises(LeakError, match="a model must be measured on what it has not seen: got attention path"):
+        train.main([*flags, "--run-name", "leaks"])
+    run = tracker.find_run("leaks")
+    assert run.info.status == "FAILED"
+    assert "attention path" in run.data.tags["lm.audit"]
+    assert run.data.params["lr"] == "0.01"
+    assert not any(not name.startswith("leaking_") for name in run.data.metrics)
+
+
+@pytest.mark.usefixtures("without_mask")
+def test_a_leak_that_is_allowed_marks_the_run_and_each_figure(
+    tracker: Tracker, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*flags, "--run-name", "leaks", "--allow-leak"])
+    run = tracker.find_run("leaks")
+    assert run.info.status == "FINISHED"
+    assert "attention path" in run.data.tags["lm.leak"]
+    assert "leaking_test_perplexity" in run.data.metrics
+    assert all(name.startswith("leaking_") for name in run.data.metrics)
+    assert not tracker.client.search_logged_models([tracker.experiment_id])
+    assert "LEAKING, worth nothing: test, best checkpoint" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a comparison needs honest runs: got leaks, which leaks"):
+        compare.main(["leaks", "leaks"])
+
+
+@pytest.mark.usefixtures("without_mask")
+def test_a_study_of_a_leaking_model_stops(tracker: Tracker, flags: list[str]) -> None:
+    with pytest.raises(LeakError):
+        tune.main([*flags, "--trials", "2", "--lr", "3e-3"])
+
+
+def test_targets_shifted_the_wrong_way_stop_a_run(flags: list[str], lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backwards(self: data.Windows, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        at = rows[:, None] * self.seq_len + 1 + np.arange(self.seq_len)
+        inputs, targets = self.ids[at].astype(np.int64), self.ids[at - 1].astype(np.int64)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    monkeypatch.setattr(data.Windows, "_cut", backwards)
+    with pytest.raises(LeakError, match="train windows: a target is not the token after its input"):
+        train.main(flags)
+
+
+def test_without_a_clean_record_there_is_no_clean_figure(
+    tracker: Tracker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "same.csv"
+    rows = [f"is {word} {i} a thing?,It is what it is." for i in range(40) for word in ("this", "that")]
+    file.write_text("question,answer\n" + "\n".join(rows) + "\n")
+    train.main([*TOY_FLAGS, "--corpus", str(file), "--run-name", "dirty"])
+    logged = tracker.find_run("dirty").data.metrics
+    assert logged["validation_answers_in_train_share"] == 1
+    assert logged["validation_clean_share"] == 0
+    assert not any("clean_perplexity" in name for name in logged)
+    assert "on clean records none, there is no clean record" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_leaves_no_figure_behind(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.Decoder, "embedding_scale", float("nan"), raising=False)
+    with pytest.raises((DivergedError, LeakError)):
+        train.main([*flags, "--run-name", "burst", "--lr", "1e30"])
+    run = tracker.find_run("burst")
+    assert run.info.status == "FAILED"
+    assert {name.split("_")[0] for name in run.data.metrics if "perplexity" in name} <= {"baseline"}
+
+
+def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
+    tracker: Tracker, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*flags, "--run-name", "few", "--seeds", "3"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^validation perplexity: [\d.]+, standard deviation [\d.]+ over 3 seeds$", printed, re.M)
+    summary = tracker.find_run("few")
+    members = tracker.runs_of_group(summary.info.run_id)
+    assert sorted(m.info.run_name or "" for m in members) == ["few-seed0", "few-seed1", "few-seed2"]
+    figures = [m.data.metrics["best_validation_perplexity"] for m in members]
+    assert summary.data.metrics["validation_perplexity"] == pytest.approx(np.mean(figures))
+    assert summary.data.metrics["validation_perplexity_sd"] == pytest.approx(np.std(figures, ddof=1))
+
+    train.main([*flags, "--run-name", "many", "--seeds", "3", "--epochs", "6"])
+    compare.main(["few", "many"])
+    printed = capsys.readouterr().out
+    assert "The difference is real: many is better." in printed
+    assert re.search(r"t-test over seeds p = [\d.e-]+", printed)
+    assert "validation, clean records: " in printed
+    compare.main(["few-seed0", "few-seed0", "--split", "test"])
+    printed = capsys.readouterr().out
+    assert "No difference is shown." in printed
+    assert "One seed a side" in printed
+
+
+def test_a_run_without_scores_cannot_be_compared(tracker: Tracker) -> None:
+    with tracker.run("bare", {}):
+        pass
+    with pytest.raises(UserError, match="a run must have scores on test to be compared: got bare, which has none"):
+        compare.main(["bare", "bare", "--split", "test"])
+
+
+def test_the_leak_study_catches_every_cell(
+    tracker: Tracker, toy_csv: Path, lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TOY_FLAGS, "--corpus", str(toy_csv), "--windows", "600", "--epochs", "3"]
+    leak_study.main(flags)
+    printed = capsys.readouterr().out
+    table = re.findall(
+        r"^(no fault|overlapping windows|open memory|both faults|no mask at all.*?)  .*(yes|NO) ", printed, re.M
+    )
+    assert [caught for _, caught in table] == ["yes"] * 5
+    runs = {
+        r.data.tags["lm.cell"]: r
+        for r in tracker.client.search_runs([tracker.experiment_id], "tags.`lm.kind` = 'leak_study'")
+    }
+    assert "validation_perplexity" in runs["no fault"].data.metrics
+    for name in ("overlapping windows", "open memory", "both faults", "no mask at all, overlapping windows"):
+        assert all(metric.startswith("leaking_") for metric in runs[name].data.metrics)
+    assert (lab / "reports/leak-study.html").stat().st_size > 1_000_000
+    with pytest.raises(UserError, match="windows must be from 64 to"):
+        leak_study.main([*flags, "--windows", "100000000"])
+    with pytest.raises(UserError, match="cells must be numbers from 1 to 5"):
+        leak_study.main([*flags, "--cells", "6"])
