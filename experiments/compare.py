@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(describe(a, b, scores.compare(a, b, clean=True), f"{args.split}, clean records"))
     if min(len(a.sheets), len(b.sheets)) == 1:
-        print("One seed a side: another seed may move each as well. Try train.py --seeds 5 for both.")
+        print("One seed a side, and another seed moves each as well: try train.py --seeds 5 for both.")
 
 
 def _side(tracker: Tracker, name: str, split: str) -> Side:
@@ -48,7 +48,14 @@ def _side(tracker: Tracker, name: str, split: str) -> Side:
     from experiments.scores import Sheet, Side
 
     found = tracker.find_run(name)
-    members = tracker.runs_of_group(found.info.run_id) or [found]
+    members = tracker.runs_of_group(found.info.run_id) if found.data.tags.get("lm.kind") == "seeds" else [found]
+    wanted = int(found.data.params.get("seeds", 1))
+    epochs = {member.data.tags.get("lm.epochs") for member in members}
+    if len(members) != wanted or len(epochs) > 1:
+        raise UserError(
+            f"a group must be whole, with equal epochs: got {len(members)} finished of {wanted} seeds in {name}. "
+            f"Try train.py --resume for the missing one, or a single run of it."
+        )
     sheets: list[Sheet] = []
     for member in members:
         run = tracker.open_run(member.info.run_id)
@@ -65,7 +72,9 @@ def _side(tracker: Tracker, name: str, split: str) -> Side:
 
 
 def describe(a: Side, b: Side, found: Difference, what: str) -> str:
-    """The two sides, their difference and the verdict, in four lines."""
+    """The two sides, their difference and the verdict, in five lines."""
+    from experiments.scores import LEAST_QUESTIONS
+
     unit = "perplexity" if found.unit == "token" else "bits a byte"
 
     def side(name: str, means: list[float]) -> str:
@@ -78,7 +87,16 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
     better, worse, sign = (b.name, a.name, 1) if found.less > 0 else (a.name, b.name, -1)
     low, high = sorted((sign * found.low, sign * found.high))
     seeds = "" if found.p_seeds is None else f"; t-test over seeds p = {found.p_seeds:.2g}"
-    verdict = f"The difference is real: {better} is better." if found.is_real else "No difference is shown."
+    if found.is_real:
+        verdict = f"The difference is real: {better} is better."
+    elif found.n_effective < LEAST_QUESTIONS:
+        verdict = f"Too few questions to tell: they weigh as {found.n_effective:.1f}, {LEAST_QUESTIONS} are needed."
+    elif found.is_shown and found.p_seeds is None:
+        verdict = (
+            f"These two checkpoints differ, {better} is better; whether the configurations do, only seeds can tell."
+        )
+    else:
+        verdict = "No difference is shown."
     change = f" ({math.exp(-abs(found.less)) - 1:+.1%} perplexity)" if found.unit == "token" else ""
     return (
         f"{what}: {found.n_targets:,} tokens of {found.n_questions:,} questions\n"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lm.model import Decoder
 
 PUBLISHED = {"8.19, after one epoch": 8.19, "1.76": 1.76, "1.29, after ten epochs": 1.29}
-_QUICK = {"d_model": 128, "n_layers": 2, "n_heads": 4, "d_ff": 512, "lr": 1e-3, "epochs": 8}
+_QUICK = {"d_model": 128, "n_layers": 2, "n_heads": 4, "d_ff": 512, "lr": 1e-3, "epochs": 6}
 _QUICK_WINDOWS, _FULL_WINDOWS, _TRAIN_SHARE = 5_000, 50_000, 0.8
 
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tracker = Tracker(Settings.load())
     text = runs.read_text(config.data, tracker.settings)
+    runs.check(text, config, None)
     n_windows = args.windows or (_FULL_WINDOWS if args.full else _QUICK_WINDOWS)
     most = len(text.tokens.ids["train"]) - config.model.seq_len
     if args.windows is None and not args.full:
@@ -117,7 +118,7 @@ def train_cell(cell: Cell, config: Config, text: Text, n_windows: int, tracker: 
     runtime.seed_everything(config.train.seed)
     model = build(cell, config, len(text.tokens.vocab)).to(runtime.resolve_device(config.train.device))
     state = TrainState(model, build_optimizers(model, config.train))
-    paths = audit.PATHS if cell.network == "causal" else {"training": audit.PATHS["training"]}
+    paths = audit.PATHS if cell.network == "causal" else {k: audit.PATHS[k] for k in ("training", "evaluation")}
     with tracker.run(f"leak study: {cell.name}", {"lm.kind": "leak_study", "lm.cell": cell.name}) as run:
         run.log_params({**config.flat(), "windows": n_windows, "cell": cell.name})
         run.log_corpus(text.corpus)
@@ -133,7 +134,11 @@ def train_cell(cell: Cell, config: Config, text: Text, n_windows: int, tracker: 
 
 
 def cut(cell: Cell, config: Config, text: Text, n_windows: int) -> tuple[Windows, Windows]:
-    """Training and validation windows of a cell: as many training windows, with stride 1, in each."""
+    """Training and validation windows of a cell: as many training windows in each.
+
+    Dealt windows are the first of train with stride 1. The others are spread over all of train, and measured on
+    validation text.
+    """
     import numpy as np
 
     from lm.data import Windows
@@ -143,8 +148,9 @@ def cut(cell: Cell, config: Config, text: Text, n_windows: int) -> tuple[Windows
     if cell.dealt:
         order = np.random.default_rng(config.data.split_seed).permutation(n_windows)
         return Windows(ids, T, np.sort(order[:n_train])), Windows(ids, T, np.sort(order[n_train:]))
+    spread = np.linspace(0, len(ids) - T - 1, n_train).astype(np.int64)
     unseen = text.tokens.ids["validation"][: (n_windows - n_train) * T + 1]
-    return Windows(ids, T, np.arange(n_train)), Windows(unseen, T)
+    return Windows(ids, T, spread), Windows(unseen, T)
 
 
 def build(cell: Cell, config: Config, vocab_size: int) -> Decoder:
@@ -218,7 +224,7 @@ def conclude(outcomes: Sequence[Outcome], config: Config, text: Text, n_windows:
     )
     print(f"\n{says}")
     about = (
-        f"{n_windows:,} windows of {config.model.seq_len} tokens with stride 1, {_TRAIN_SHARE:.0%} of them to train, "
+        f"{n_windows:,} windows of {config.model.seq_len} tokens, {_TRAIN_SHARE:.0%} of them to train, "
         f"{config.train.epochs} epochs, d_model {config.model.d_model}, {config.model.n_layers} layers, "
         f"corpus {text.corpus.name}. {says}"
     )
@@ -240,13 +246,15 @@ def curves(outcomes: Sequence[Outcome], baseline: float) -> Any:
     """A Plotly figure: a line a cell on a logarithmic axis, with the published figures."""
     import plotly.graph_objects as go
 
+    from experiments import plots
+
     figure = go.Figure()
+    epochs = list(range(1, 1 + max(len(outcome.perplexities) for outcome in outcomes)))
     for outcome in outcomes:
-        epochs = list(range(1, len(outcome.perplexities) + 1))
         figure.add_scatter(x=epochs, y=outcome.perplexities, mode="lines+markers", name=outcome.cell.name)
-    for label, value in {**{f"published: {k}": v for k, v in PUBLISHED.items()}, "n-gram baseline": baseline}.items():
-        figure.add_hline(y=value, line_dash="dash", line_color="#888", annotation_text=label)
-    figure.update_layout(xaxis_title="epoch", yaxis_title="validation perplexity", height=560)
+    for label, value in {"n-gram baseline": baseline, **{f"published: {k}": v for k, v in PUBLISHED.items()}}.items():
+        plots.add_level(figure, value, label, (epochs[0], epochs[-1]))
+    figure.update_layout(xaxis={"title": "epoch", "dtick": 1}, yaxis_title="validation perplexity", height=560)
     figure.update_yaxes(type="log")
     return figure
 

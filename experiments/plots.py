@@ -71,11 +71,24 @@ async function start() {
     return _page(title, "\n".join(body), script, {"figures": [json.loads(f.to_json() or "{}") for _, _, f in figures]})
 
 
+def add_level(figure: go.Figure, value: float, label: str, ends: tuple[float, float]) -> None:
+    """Draw a dashed level from one x to another; Plotly's own level lines misplace their labels on logarithmic axes."""
+    line = {"dash": "dash", "width": 1.5}
+    figure.add_scatter(x=list(ends), y=[value, value], mode="lines", line=line, name=label)
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain table, every cell escaped."""
-    head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    """A plain table, every cell escaped; columns of words stand to the left, of numbers to the right."""
+    words = [any(str(row[i])[:1].isalpha() for row in rows) for i in range(len(header))]
+
+    def line(tag: str, cells: Sequence[object]) -> str:
+        parts = (
+            f"<{tag}{' class=words' if is_words else ''}>{html.escape(str(cell))}</{tag}>"
+            for cell, is_words in zip(cells, words, strict=True)
+        )
+        return f"<tr>{''.join(parts)}</tr>"
+
+    return f"<table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
 
 
 def _page(title: str, body: str, script: str, data: Mapping[str, Any]) -> str:

@@ -126,7 +126,7 @@ def write_page(
     tags = {"lm.kind": "study", "lm.study": study.study_name}
     with tracker.run(study.study_name, tags, standing[0].info.run_id if standing else None) as run:
         run.log_page("report.html", page)
-        if ranked:
+        if ranked and run.metrics().get("best_validation_perplexity") != studies.best_value(ranked[0]):
             run.log_metrics({"best_validation_perplexity": studies.best_value(ranked[0])}, len(ranked))
             run.log_tags({"lm.best_trial": ranked[0].number, "lm.best_params": ranked[0].params})
     return path, run.id
@@ -134,20 +134,15 @@ def write_page(
 
 def _measured(winner: TrackedRun) -> str:
     """The best trial's figures beside the baseline's, test among them where it was read."""
-    figures = winner.metrics()
+    from experiments import run as runs
 
-    def line(what: str, prefix: str, baseline: str) -> str:
-        words: list[str] = []
-        for kind, on in (("perplexity", ""), ("clean_perplexity", " on clean records")):
-            if f"{prefix}_{kind}" in figures and f"{baseline}_{kind}" in figures:
-                words.append(f"{figures[f'{prefix}_{kind}']:.2f}{on} (baseline {figures[f'{baseline}_{kind}']:.2f})")
-        return f"{what} perplexity {', '.join(words)}" if words else ""
-
+    found = winner.metrics()
     parts = [
-        line("validation", "best_validation", "baseline"),
-        line("test", "test", "baseline_test"),
+        f"{what}: {runs.against_baseline(found, name, found)}"
+        for what, name in (("validation", "best_validation"), ("test", "test"))
+        if f"{name}_perplexity" in found
     ]
-    return f"Best trial: {'; '.join(part for part in parts if part)}."
+    return f"Best trial. {'. '.join(part.capitalize() for part in parts)}."
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -147,6 +147,10 @@ def train_and_log(
     windows = {s: text.tokens.windows(s, config.model.seq_len) for s in ("train", "validation")}
     vocab = text.tokens.vocab
     is_new = state is None
+
+    def audit_model(model: Decoder) -> None:
+        audit_run(run, model, windows["train"], windows["validation"], text, config, allow_leak)
+
     if state is None:
         runtime.seed_everything(config.train.seed)
         try:
@@ -156,7 +160,7 @@ def train_and_log(
     if is_new:
         run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
         run.log_corpus(text.corpus)
-    audit_run(run, state.model, windows["train"], windows["validation"], text, config, allow_leak)
+    audit_model(state.model)
     if is_new:
         run.log_metrics({**text_figures(text), **baseline_figures(text)}, step=0)
     run.log_tags(
@@ -167,7 +171,10 @@ def train_and_log(
         }
     )
     probe = _probe(windows["validation"], config)
+
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
+        if report.is_best:
+            audit_model(state.model)  # before its figures are logged: a leak may be learned
         run.log_epoch(report, figures(text, "validation", report.scores))
         title = f"{run.name}, epoch {report.epoch}: attention on validation text"
         shown = attention.attention_map(state.model, vocab, probe)
@@ -191,10 +198,10 @@ def train_and_log(
     if run.tags().get("lm.model_epoch") != str(state.best_epoch):
         folder = run.fetch_checkpoint("best")
         best = checkpoint.load(folder, device).state.model
-        audit_run(run, best, windows["train"], windows["validation"], text, config, allow_leak)
+        audit_model(best)
         if run.leaks:
             return  # it has checkpoints, and no model that could be registered
-        metrics = {"best_epoch": float(state.best_epoch), **validation_figures(run, text, "best_validation")}
+        metrics = {"best_epoch": float(state.best_epoch), **_from_sheet(run, text, "validation", "best_validation")}
         dataset = (text.corpus.name, text.corpus.digest)
         model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
@@ -293,36 +300,46 @@ def measure(
 ) -> dict[str, float]:
     """Score a split with the run's best checkpoint, log figures and score sheet, and return the figures.
 
-    Test is to be read once, at the end: figures that stand there for the best epoch already are not made again, nor are
-    those on validation, which the epoch itself left.
+    Test is to be read once, at the end: a split whose sheet for the best epoch is there is not scored again. A split
+    without targets has no figures.
     """
-    if (split, context) == ("validation", "window"):
-        return validation_figures(run, text, "validation")
+    if len(text.tokens.ids[split]) < 2:
+        return {}
     name = split if context == "window" else f"{context}_{split}"
-    known, done = run.metrics(), f"lm.{name}_epoch"
+    if name == "validation":  # the best epoch left it
+        return _from_sheet(run, text, split, name)
     best = checkpoint.load(run.fetch_checkpoint("best"), runtime.resolve_device(config.train.device)).state
-    if run.tags().get(done) == str(best.epochs_done):
-        return {key: known[run.metric_name(key)] for key in figures_of(name) if run.metric_name(key) in known}
-    windows = text.tokens.windows(split, config.model.seq_len)
-    precision = runtime.resolve_precision(config.train.precision, best.model.device)
-    scores = evaluate(best.model, windows, precision, f"{name}, best checkpoint" if progress else None, context)
-    made = figures(text, split, scores, name)
-    run.log_metrics(made, best.epochs_done)
-    _log_sheet(run, text, name, scores, config)
-    run.log_tags({done: best.epochs_done})
-    return made
+    done = f"lm.{name}_epoch"
+    if run.tags().get(done) != str(best.epochs_done):
+        windows = text.tokens.windows(split, config.model.seq_len)
+        precision = runtime.resolve_precision(config.train.precision, best.model.device)
+        scores = evaluate(best.model, windows, precision, f"{name}, best checkpoint" if progress else None, context)
+        _log_sheet(run, text, name, scores, config)
+        run.log_metrics(figures(text, split, scores, name), best.epochs_done, {done: best.epochs_done})
+    return _from_sheet(run, text, split, name)
 
 
-def validation_figures(run: TrackedRun, text: Text, name: str) -> dict[str, float]:
-    """The figures of the best epoch on validation, from the score sheet that it left."""
-    file = run.fetch_artifact("scores/validation.safetensors")
+def against_baseline(found: Mapping[str, float], name: str, baseline: Mapping[str, float]) -> str:
+    """The figures of `name` (validation, test, sliding_test, ...) beside the n-gram model's, in words."""
+    other = "baseline_test" if name.endswith("test") else "baseline"
+
+    def beside(kind: str) -> str:
+        if f"{name}_{kind}" not in found:
+            return "none, there is no clean record"
+        value, reference = found[f"{name}_{kind}"], baseline[f"{other}_{kind}"]
+        return f"{value:.2f} (baseline {reference:.2f}, {value / reference - 1:+.1%})"
+
+    return (
+        f"perplexity {beside('perplexity')}, on clean records {beside('clean_perplexity')}, "
+        f"{found[f'{name}_bits_per_byte']:.3f} bits a byte"
+    )
+
+
+def _from_sheet(run: TrackedRun, text: Text, split: str, name: str) -> dict[str, float]:
+    """The figures of a score sheet that the run has: `name` before each; a sheet is called as its split and context."""
+    file = run.fetch_artifact(f"scores/{name.removeprefix('best_')}.safetensors")
     assert file is not None
-    return figures(text, "validation", Scores(Sheet.read(file).nats), name)
-
-
-def figures_of(name: str) -> list[str]:
-    """The metric names that `figures` may give."""
-    return [f"{name}_{kind}" for kind in ("loss", "perplexity", "bits_per_byte", "clean_perplexity")]
+    return figures(text, split, Scores(Sheet.read(file).nats), name)
 
 
 def _log_sheet(run: TrackedRun, text: Text, name: str, scores: Scores, config: Config) -> None:

@@ -19,7 +19,10 @@ from safetensors.numpy import save
 
 from lm.errors import UserError
 
-_DRAWS = 10_000
+LEAST_QUESTIONS = 20
+"""Fewer questions (as many of equal length as weigh the same, Kish 1965) give intervals that are too narrow."""
+
+_DRAWS, _DRAWS_AT_ONCE = 10_000, 500
 _COLUMNS = ("tokens", "bytes", "written_nats", "group", "copied", "shared")
 
 Floats = npt.NDArray[np.float64]
@@ -88,13 +91,19 @@ class Difference:
     low: float
     high: float
     n_questions: int
+    n_effective: float
     n_targets: int
     p_seeds: float | None
 
     @property
+    def is_shown(self) -> bool:
+        """Whether the interval excludes 0, over questions enough for it to be one."""
+        return (self.low > 0 or self.high < 0) and self.n_effective >= LEAST_QUESTIONS
+
+    @property
     def is_real(self) -> bool:
-        """Whether the interval excludes 0, and the seeds (if both have several) agree at the 5 % level."""
-        return (self.low > 0 or self.high < 0) and (self.p_seeds is None or self.p_seeds < 0.05)
+        """Whether the configurations differ: shown, and agreed on by the seeds at the 5 % level."""
+        return self.is_shown and self.p_seeds is not None and self.p_seeds < 0.05
 
 
 def compare(a: Side, b: Side, clean: bool = False) -> Difference:
@@ -123,7 +132,7 @@ def compare(a: Side, b: Side, clean: bool = False) -> Difference:
     records = sheets[0].records
     kept = ~(records["copied"] | records["shared"]) if clean else np.ones(len(records["group"]), bool)
     if not kept.any():
-        raise UserError("a comparison needs records: got no clean one. Try it without --clean.")
+        raise UserError("a comparison needs records: got no clean one. Try all records.")
     groups = np.unique(records["group"][kept], return_inverse=True)[1]
 
     def sums(values: npt.NDArray[Any]) -> Floats:
@@ -137,9 +146,8 @@ def compare(a: Side, b: Side, clean: bool = False) -> Difference:
     weight_G = sums(records["bytes"] if per_byte else targets)
     paid_a, paid_b = ([paid(sheet) for sheet in side.sheets] for side in (a, b))
     less_G = np.mean(paid_a, axis=0) - np.mean(paid_b, axis=0)
-    n = len(weight_G)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
-    drawn = (counts @ less_G) / (counts @ weight_G)
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([_draw(rng, less_G, weight_G) for _ in range(_DRAWS // _DRAWS_AT_ONCE)])
     low, high = (float(x) for x in np.quantile(drawn, [0.025, 0.975]))
     mean_a, mean_b = ([float(p.sum() / weight_G.sum()) for p in side] for side in (paid_a, paid_b))
     p_seeds = None
@@ -160,7 +168,14 @@ def compare(a: Side, b: Side, clean: bool = False) -> Difference:
         less=float(less_G.sum() / weight_G.sum()),
         low=low,
         high=high,
-        n_questions=n,
+        n_questions=len(weight_G),
+        n_effective=float(weight_G.sum() ** 2 / (weight_G**2).sum()),
         n_targets=int(sums(targets).sum()),
         p_seeds=p_seeds,
     )
+
+
+def _draw(rng: np.random.Generator, less_G: Floats, weight_G: Floats) -> Floats:
+    n = len(weight_G)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=_DRAWS_AT_ONCE)
+    return (counts @ less_G) / (counts @ weight_G)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from experiments.plots import add_level
 from experiments.process import is_gone, own_name
 from lm.errors import UserError
 
@@ -195,9 +196,11 @@ def figures(study: optuna.Study, baseline: float | None) -> list[tuple[str, str,
     slices = visualization.plot_slice(study, params=params, target_name="perplexity")
     for figure in (history, epochs, slices):
         figure.update_yaxes(type="log")  # a trial that did not learn would flatten the others
-        if baseline is not None and figure is not slices:
-            note = f"n-gram baseline {baseline:.1f}"
-            figure.add_hline(y=baseline, line_dash="dash", line_color="#c44", annotation_text=note)
+    if baseline is not None:
+        trials = study.get_trials(deepcopy=False)
+        last_epoch = max((epoch for t in trials for epoch in t.intermediate_values), default=1)
+        for figure, ends in ((history, (0, len(trials) - 1)), (epochs, (1, last_epoch))):
+            add_level(figure, baseline, f"n-gram baseline {baseline:.1f}", ends)
     made: list[tuple[str, str, go.Figure]] = [
         ("History", "Each point is a trial that ran to its end; the line is the best so far.", history),
         ("Epoch by epoch", "Validation perplexity of each trial as it learned; pruned trials stop early.", epochs),

@@ -300,11 +300,11 @@ class TrackedRun:
         """Set tags."""
         self.client.log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log some metrics at one step."""
+    def log_metrics(self, metrics: Mapping[str, float], step: int, tags: Mapping[str, object] | None = None) -> None:
+        """Log some metrics at one step, and tags with them: both or neither."""
         now = get_current_time_millis()
         named = [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
-        self.client.log_batch(self.id, metrics=named)
+        self.client.log_batch(self.id, metrics=named, tags=[RunTag(k, str(v)) for k, v in (tags or {}).items()])
 
     def log_corpus(self, corpus: Corpus) -> None:
         """Log the text as the run's dataset: name, digest, source and sizes."""

@@ -8,6 +8,7 @@ python experiments/train.py --resume RUN --epochs 20
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -68,17 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         text = runs.read_text(config.data, settings)
     print(text.corpus.describe())
+    args.seed_text = runs.check(text, config, args.seed_text)
     print(runs.describe(text))
     print(f"on {runs.machine(config)}", flush=True)
-    args.seed_text = runs.check(text, config, args.seed_text)
     args.run_name = args.run_name or f"{text.corpus.name}-{args.preset or 'reference'}"
     if args.seeds == 1:
-        name = _train(tracker, config, text, args, {}, run_id, state)[0].name
+        run, _ = _train(tracker, config, text, args, {}, run_id, state)
     else:
-        name = _train_seeds(tracker, config, text, args)
-    link = tracker.run_link(tracker.ui_address(), tracker.find_run(name).info.run_id)
-    print(f"Next: python experiments/ui.py, which opens {link}")
-    print(f"or:   python experiments/compare.py {name} ANOTHER_RUN")
+        run = _train_seeds(tracker, config, text, args)
+    print(f"Next: python experiments/ui.py, which opens {tracker.run_link(tracker.ui_address(), run.id)}")
+    print(f"or:   python experiments/compare.py {run.name} ANOTHER_RUN")
 
 
 def _train(
@@ -102,39 +102,20 @@ def _train(
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
         contexts = ("window",) if args.context == "window" else ("window", "sliding")
-        splits = ("validation", "test") if len(text.tokens.ids["test"]) > 1 else ("validation",)
-        found: dict[str, float] = {}
-        for context in contexts:
-            for split in splits:
-                made = runs.measure(run, text, config, split, context, progress)
-                print(_line(split, context, made, run, text), flush=True)
+        found, baseline = dict[str, float](), runs.baseline_figures(text)
+        for context, split in itertools.product(contexts, ("validation", "test")):
+            if made := runs.measure(run, text, config, split, context, progress):
+                name = split if context == "window" else f"{context}_{split}"
+                warning = "LEAKING, worth nothing: " if run.leaks else ""
+                words = runs.against_baseline(made, name, baseline)
+                print(f"{warning}{name.replace('_', ' ')}, best checkpoint: {words}", flush=True)
                 found |= made
     print(f"run {run.name} ({run.id}) is finished")
     return run, found
 
 
-def _line(split: str, context: str, made: dict[str, float], run: TrackedRun, text: Text) -> str:
-    """A split's figures beside the baseline's, in one line."""
-    from experiments import run as runs
-
-    prefix = {"validation": "baseline", "test": "baseline_test"}[split]
-    name, baseline = split if context == "window" else f"{context}_{split}", runs.baseline_figures(text)
-
-    def against(kind: str) -> str:
-        if f"{name}_{kind}" not in made:
-            return "none, there is no clean record"
-        value, other = made[f"{name}_{kind}"], baseline[f"{prefix}_{kind}"]
-        return f"{value:.2f} (baseline {other:.2f}, {value / other - 1:+.1%})"
-
-    return (
-        f"{'LEAKING, worth nothing: ' if run.leaks else ''}{name.replace('_', ' ')}, best checkpoint: perplexity "
-        f"{against('perplexity')}, on clean records {against('clean_perplexity')}, "
-        f"{made[f'{name}_bits_per_byte']:.3f} bits a byte"
-    )
-
-
-def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Namespace) -> str:
-    """A run for each seed and one that sums them up; returns the name of that one."""
+def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Namespace) -> TrackedRun:
+    """A run for each seed and one that sums them up, which is returned; its figures are means of best epochs."""
     import statistics
 
     tags = {"lm.kind": "seeds", "lm.preset": args.preset or "reference"}
@@ -152,9 +133,13 @@ def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Na
             values = [figures[key] for figures in found if key in figures]
             if len(values) == args.seeds:
                 mean, sd = statistics.mean(values), statistics.stdev(values)
-                summary.log_metrics({key: mean, f"{key}_sd": sd}, step=args.seeds)
-                print(f"{key.replace('_', ' ')}: {mean:.3f}, standard deviation {sd:.3f} over {args.seeds} seeds")
-    return summary.name
+                name = f"best_{key}" if key.startswith("validation") else key
+                summary.log_metrics({name: mean, f"{name}_sd": sd}, step=args.seeds)
+                print(
+                    f"{'LEAKING, worth nothing: ' if summary.leaks else ''}{key.replace('_', ' ')}: "
+                    f"{mean:.3f}, standard deviation {sd:.3f} over {args.seeds} seeds"
+                )
+    return summary
 
 
 if __name__ == "__main__":

@@ -65,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     tracker = Tracker(settings)
     text = runs.read_text(config.data, settings)
     print(text.corpus.describe())
+    seed_text = runs.check(text, config, args.seed_text)
     print(runs.describe(text))
     print(f"on {runs.machine(config)}")
     preset = args.preset or "reference"
     name = study_name(args.study or preset, text, config)
-    plan = Plan(name, config, text, runs.check(text, config, args.seed_text), args.trials, preset)
+    plan = Plan(name, config, text, seed_text, args.trials, preset)
     with store_lock(settings):
         storage = studies.open_storage(settings.optuna_storage)
         study = studies.open_study(storage, name, {k: config.flat()[k] for k in SPACE})

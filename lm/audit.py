@@ -7,6 +7,7 @@ Shape suffixes: B batch, T query position, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,10 @@ def _training(model: Decoder, ids_BT: Tensor) -> Tensor:
     return model.train()(ids_BT)[0]
 
 
+def _evaluation(model: Decoder, ids_BT: Tensor) -> Tensor:
+    return model.eval()(ids_BT, last=ids_BT.shape[1])[0]
+
+
 def _attention(model: Decoder, ids_BT: Tensor) -> Tensor:
     return model.eval()(ids_BT, return_attention=True)[0]
 
@@ -40,8 +45,13 @@ def _cached(model: Decoder, ids_BT: Tensor) -> Tensor:
     return torch.cat([first_BTV, rest_BTV], dim=1)
 
 
-PATHS: dict[str, Path] = {"training": _training, "attention": _attention, "cached generation": _cached}
-"""The ways in which logits are made: with dropout and fused attention, with weights returned, and with a cache."""
+PATHS: dict[str, Path] = {
+    "training": _training,
+    "evaluation": _evaluation,
+    "attention": _attention,
+    "cached generation": _cached,
+}
+"""The ways in which logits are made: learning with dropout, measuring, with weights returned, and with a cache."""
 
 
 def causality(
@@ -116,24 +126,33 @@ def _token_leak(model: Decoder, ids_BT: Tensor, others_BT: Tensor, path: Path, p
 
 
 def alignment(windows: Windows, what: str) -> list[str]:
-    """Whether each target is the token after its input, in the first batch of a training and an evaluation pass."""
-    for batches in (windows.shuffled(_BATCH, 0), windows.in_order(_BATCH)):
-        for inputs_BT, targets_BT in batches:
-            if not torch.equal(inputs_BT[:, 1:], targets_BT[:, :-1]):
-                return [f"{what} windows: a target is not the token after its input"]
-            break
+    """Whether each target is the token after its input.
+
+    Looked at are the first batch of a training pass, and of consecutive windows every token of an evaluation pass: the
+    targets must be the text without its first token, each once and in order.
+    """
+    for inputs_BT, targets_BT in itertools.islice(windows.shuffled(_BATCH, 0), 1):
+        if not torch.equal(inputs_BT[:, 1:], targets_BT[:, :-1]):
+            return [f"{what} windows: a target is not the token after its input"]
+    if windows.starts is None:
+        passed = [(x.flatten(), y.flatten()) for x, y in windows.in_order(4096)]
+        inputs_N, targets_N = (torch.cat(parts).numpy() for parts in zip(*passed, strict=True))
+        if not (np.array_equal(inputs_N, windows.ids[:-1]) and np.array_equal(targets_N, windows.ids[1:])):
+            return [f"{what} windows: the targets of a pass are not the text, each token once"]
     return []
 
 
 def separation(train: Windows, validation: Windows) -> list[str]:
-    """Whether windows of two splits share text: positions of one array of ids that both cover."""
+    """Whether windows that were cut from one array of ids share text.
+
+    Splits of a tokenized corpus are arrays of their own and pass by construction; windows dealt from one text do not.
+    """
     if not np.may_share_memory(train.ids, validation.ids):
         return []
-    targets = (
-        np.arange(1, len(validation.ids))
-        if validation.starts is None
-        else (validation.starts[:, None] + 1 + np.arange(validation.seq_len)).ravel()
-    )
+    if validation.starts is None:
+        targets = np.arange(1, len(validation.ids))
+    else:
+        targets = (validation.starts[:, None] + 1 + np.arange(validation.seq_len)).ravel()
     trained_on = int(train.covered()[targets].sum())
     if not trained_on:
         return []

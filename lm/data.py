@@ -25,7 +25,7 @@ from lm.config import DataConfig
 from lm.corpus import SPLITS, Corpus
 from lm.errors import UserError
 from lm.ngram import KneserNey
-from lm.overlap import in_train
+from lm.overlap import RUN, in_train
 from lm.spelling import written_nats
 from lm.vocab import Vocab
 
@@ -110,9 +110,9 @@ class Windows:
         np.add.at(steps, self.starts + self.seq_len + 1, -1)
         return np.cumsum(steps[:-1]) > 0
 
-    def n_batches(self, batch_size: int, tail: bool) -> int:
-        """Batches in one pass; `tail` counts the last, shorter window as one of its own."""
-        return -(-self.n_full // batch_size) + (tail and self.n_targets % self.seq_len > 0)
+    def n_batches(self, batch_size: int) -> int:
+        """Batches in one training pass."""
+        return -(-self.n_full // batch_size)
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One training pass: full windows in an order drawn from `seed`; the shorter last window is left out.
@@ -172,12 +172,16 @@ def _tensor(ids: Ids) -> Tensor:
 def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path) -> TokenizedCorpus:
     """Build the vocabulary from train and encode each split, or take both from the cache.
 
-    The cache's key is the corpus digest with every setting of the tokenizer; a cache written by a process
-    that died is never seen, since the folder is renamed into place when complete.
+    The cache's key is the corpus with every setting of the tokenizer; a cache written by a process that died is never
+    seen, since the folder is renamed into place when complete.
     """
+    parts = "\n".join(f"{record.key}\t{record.answer}" for split in SPLITS for record in corpus.splits[split])
     settings = {
         "format": _CACHE_FORMAT,
+        "baseline_order": BASELINE_ORDER,
+        "run": RUN,
         "corpus": corpus.digest,
+        "questions and answers": hashlib.sha256(parts.encode()).hexdigest(),
         "tokenizer": config.tokenizer,
         "min_count": config.min_count,
     }
@@ -188,7 +192,7 @@ def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path) -> TokenizedCo
     if folder.exists():
         try:
             return _read_cache(folder)
-        except (OSError, ValueError):  # damaged or half deleted: it is only a cache
+        except (OSError, ValueError, EOFError):  # damaged or half deleted: it is only a cache
             shutil.rmtree(folder, ignore_errors=True)
     _write_cache(folder, corpus, config)
     return _read_cache(folder)

@@ -94,7 +94,7 @@ def _weights(counts: Ints, prefix: Ints) -> _Weights:
     if all(n):
         y = n[0] / (n[0] + 2 * n[1])
         discounts[1:] = [i - (i + 1) * y * n[i] / n[i - 1] for i in (1, 2, 3)]
-    if (discounts < 0).any() or (discounts > np.arange(4)).any():
+    if (discounts[1:] <= 0).any() or (discounts > np.arange(4)).any():  # at 0 an unseen n-gram would be impossible
         discounts[1:] = _FALLBACK
     discount = discounts[np.minimum(counts, 3)]
     total = np.bincount(prefix, counts)

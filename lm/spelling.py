@@ -14,6 +14,7 @@ its cost is 0.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -45,8 +46,12 @@ def written_nats(vocab: Vocab, train: Sequence[str], splits: Sequence[Sequence[s
 
         def cost(token: int, form: str, spelled: dict[str, float] = spelled) -> float:
             seen = counts[token]
-            share = (seen[form] + len(seen) * spelled[form]) / (totals[token] + len(seen)) if seen else spelled[form]
-            return -float(np.log(share))
+            if not seen:
+                return spelled[form]
+            counted = math.log(seen[form]) if form in seen else -math.inf
+            # In logarithms: a long word is spelled with a probability that a float cannot hold.
+            mixed = float(np.logaddexp(counted, math.log(len(seen)) - spelled[form]))
+            return math.log(totals[token] + len(seen)) - mixed
 
         costs.append(np.array([sum(cost(token, form) for token, form in forms) for forms in written]))
     return costs
@@ -70,10 +75,10 @@ def _bytes(forms: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def _spell(speller: KneserNey, forms: set[str]) -> dict[str, float]:
-    """Probability of each form: its bytes, and the end after them."""
+    """Nats of each form: its bytes, and the end after them."""
     ordered = sorted(forms)
     before = np.concatenate([[0.0], np.cumsum(speller.nats(_bytes(ordered)))])
     lengths = np.array([len(form.encode()) for form in ordered], np.int64)
     gap = _BYTE_ORDER - 1
     starts = gap + np.concatenate([[0], np.cumsum(lengths + gap)[:-1]]).astype(np.int64)[: len(ordered)]
-    return dict(zip(ordered, np.exp(before[starts] - before[starts + lengths + 1]).tolist(), strict=True))
+    return dict(zip(ordered, (before[starts + lengths + 1] - before[starts]).tolist(), strict=True))

@@ -74,7 +74,7 @@ def fit(
     """
     device = state.model.device
     precision = runtime.resolve_precision(config.precision, device)
-    total_steps = config.epochs * train.n_batches(config.batch_size, tail=False)
+    total_steps = config.epochs * train.n_batches(config.batch_size)
     while state.epochs_done < config.epochs and not out_of_patience(state, config):
         epoch = state.epochs_done + 1
         started = time.perf_counter()
@@ -126,7 +126,7 @@ def _train_epoch(
     norms: list[torch.Tensor] = []
     bar = tqdm(
         train.shuffled(config.batch_size, seed),
-        total=train.n_batches(config.batch_size, tail=False),
+        total=train.n_batches(config.batch_size),
         desc=f"epoch {state.epochs_done + 1}/{config.epochs} train",
         disable=not progress,
         leave=False,

@@ -45,6 +45,8 @@ def test_every_program_command_runs_in_the_order_of_the_page(
             # The command's own flags are parsed first, then made small enough for a test.
             argv += [*TOY_FLAGS, "--lr", "0.003", "--no-tie-embeddings", "--corpus", str(toy_csv)]
             argv += ["--trials", "2"] if name == "tune" else ["--epochs", "10"]
+        if name == "leak_study":
+            argv += [*TOY_FLAGS, "--corpus", str(toy_csv), "--windows", "600"]
         module.main(argv)
         assert capsys.readouterr().out
 

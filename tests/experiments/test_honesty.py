@@ -112,6 +112,45 @@ def test_targets_shifted_the_wrong_way_stop_a_run(flags: list[str], lab: Path, m
         train.main(flags)
 
 
+def test_a_leak_that_is_learned_is_found_before_its_figure_is_logged(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = model.Decoder.forward
+
+    def forward(self: model.Decoder, ids_BT: torch.Tensor, *args: object, **kwargs: object) -> object:
+        logits_BTV, attention = honest(self, ids_BT, *args, **kwargs)  # type: ignore[arg-type]
+        gate = self.head.bias.detach().abs().mean() > 0.005  # opens as it learns
+        return logits_BTV + gate * ids_BT.sum() * torch.arange(logits_BTV.shape[-1]), attention
+
+    def closed(self: model.Decoder, *args: object) -> None:
+        build(self, *args)  # type: ignore[arg-type]
+        torch.nn.init.zeros_(self.head.bias)
+
+    build = model.Decoder.__init__
+    monkeypatch.setattr(model.Decoder, "__init__", closed)
+    monkeypatch.setattr(model.Decoder, "forward", forward)
+    with pytest.raises(LeakError, match="evaluation path"):
+        train.main([*flags, "--run-name", "late", "--epochs", "5"])
+    logged = tracker.find_run("late").data.metrics
+    assert not any("validation_perplexity" in name and not name.startswith("leaking_") for name in logged)
+
+
+def test_a_study_without_test_text_has_no_test_figure(tracker: Tracker, flags: list[str]) -> None:
+    tune.main([*flags, "--trials", "1", "--lr", "3e-3", "--test-fraction", "0"])
+    assert not any(
+        n.startswith("test_") for r in tracker.client.search_runs([tracker.experiment_id]) for n in r.data.metrics
+    )
+
+
+def test_a_validation_text_of_one_token_is_refused(lab: Path, tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("\n".join(f"word{i}" for i in range(10)) + "\n")
+    flags = [*TOY_FLAGS, "--corpus", str(file), "--seq-len", "2", "--validation-fraction", "0.1"]
+    for program in (train, tune, leak_study):
+        with pytest.raises(UserError, match="the validation split must hold at least 2 tokens"):
+            program.main([*flags, *(["--lr", "3e-3"] if program is tune else [])])
+
+
 def test_without_a_clean_record_there_is_no_clean_figure(
     tracker: Tracker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +179,7 @@ def test_a_loss_that_is_not_finite_leaves_no_figure_behind(
 def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     tracker: Tracker, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    flags += ["--validation-fraction", "0.4"]  # 32 questions
     train.main([*flags, "--run-name", "few", "--seeds", "3"])
     printed = capsys.readouterr().out
     assert re.search(r"^validation perplexity: [\d.]+, standard deviation [\d.]+ over 3 seeds$", printed, re.M)
@@ -147,8 +187,8 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     members = tracker.runs_of_group(summary.info.run_id)
     assert sorted(m.info.run_name or "" for m in members) == ["few-seed0", "few-seed1", "few-seed2"]
     figures = [m.data.metrics["best_validation_perplexity"] for m in members]
-    assert summary.data.metrics["validation_perplexity"] == pytest.approx(np.mean(figures))
-    assert summary.data.metrics["validation_perplexity_sd"] == pytest.approx(np.std(figures, ddof=1))
+    assert summary.data.metrics["best_validation_perplexity"] == pytest.approx(np.mean(figures))
+    assert summary.data.metrics["best_validation_perplexity_sd"] == pytest.approx(np.std(figures, ddof=1))
 
     train.main([*flags, "--run-name", "many", "--seeds", "3", "--epochs", "6"])
     compare.main(["few", "many"])
@@ -158,8 +198,11 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     assert "validation, clean records: " in printed
     compare.main(["few-seed0", "few-seed0", "--split", "test"])
     printed = capsys.readouterr().out
-    assert "No difference is shown." in printed
+    assert "Too few questions to tell: they weigh as 8.0, 20 are needed." in printed
     assert "One seed a side" in printed
+    tracker.client.set_terminated(members[0].info.run_id, "KILLED")
+    with pytest.raises(UserError, match="a group must be whole, with equal epochs: got 2 finished of 3 seeds in few"):
+        compare.main(["few", "many"])
 
 
 def test_a_run_without_scores_cannot_be_compared(tracker: Tracker) -> None:

@@ -6,7 +6,7 @@ import pytest
 from experiments.scores import Sheet, Side, compare
 from lm.errors import UserError
 
-N_RECORDS, LENGTH = 60, 10
+N_RECORDS, LENGTH = 72, 10
 
 
 def sheet(shift: float = 0.0, noise: int = 0, seed: int = 0, tokens: str = "t", corpus: str = "c") -> Sheet:
@@ -45,13 +45,25 @@ def test_the_nats_of_records_sum_to_those_of_the_tokens() -> None:
 def test_a_shift_is_found_real_and_noise_is_not() -> None:
     a = Side("a", [sheet(noise=1)])
     real = compare(a, Side("b", [sheet(-0.2, noise=2)]))
-    assert real.is_real
+    assert real.is_shown
+    assert not real.is_real  # one seed a side tells nothing of the configurations
     assert real.low < 0.2 < real.high
     assert real.unit == "token"
-    assert (real.n_questions, real.n_targets) == (20, 599)
+    assert (real.n_questions, real.n_targets) == (24, 719)
     same = compare(a, Side("b", [sheet(0.0, noise=4)]))
-    assert not same.is_real
+    assert not same.is_shown
     assert same.low < 0 < same.high
+
+
+def test_few_or_unequal_questions_show_nothing() -> None:
+    few = [sheet(noise=1), sheet(-1.0, noise=2)]
+    for made in few:
+        made.records["group"][:] = np.minimum(made.records["group"], 15)
+    found = compare(Side("a", [few[0]]), Side("b", [few[1]]))
+    assert found.low > 0
+    assert found.n_questions == 16
+    assert found.n_effective < 16
+    assert not found.is_shown
 
 
 def test_swapping_the_sides_turns_the_sign() -> None:
@@ -71,7 +83,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 
 def test_clean_records_are_counted_alone() -> None:
     a, b = Side("a", [sheet(noise=1)]), Side("b", [sheet(noise=2)])
-    assert compare(a, b, clean=True).n_targets == 48 * LENGTH
+    assert compare(a, b, clean=True).n_targets == 57 * LENGTH
     dirty = sheet()
     dirty.records["copied"][:] = True
     with pytest.raises(UserError, match="got no clean one"):
@@ -95,7 +107,7 @@ def test_two_vocabularies_are_compared_by_the_byte_with_written_forms_paid() -> 
     found = compare(Side("a", [sheet()]), Side("b", [sheet(tokens="other")]))
     assert found.unit == "byte"
     assert found.a == found.b
-    assert found.a[0] == pytest.approx((sheet().nats.sum(dtype=float) + 120) / 3000)
+    assert found.a[0] == pytest.approx((sheet().nats.sum(dtype=float) + 144) / 3600)
 
 
 def test_two_texts_are_not_compared() -> None:

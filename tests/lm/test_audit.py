@@ -36,6 +36,7 @@ def test_a_mask_taken_away_is_found_where_it_is_missing(monkeypatch: pytest.Monk
     monkeypatch.setattr(model, "_causal", no_mask)
     found = audit.causality(decoder(), VOCAB)
     assert [f.split(" path:")[0] for f in found] == ["attention", "cached generation"]
+    assert audit.PATHS.keys() == {"training", "evaluation", "attention", "cached generation"}
     assert "have a gradient with respect to the token at" in found[0]
 
 
@@ -48,6 +49,19 @@ def test_a_fused_attention_without_its_mask_is_found_on_the_training_path(monkey
     monkeypatch.setattr(model.F, "scaled_dot_product_attention", unmasked)
     found = audit.causality(decoder(), VOCAB)
     assert any(f.startswith("training path: the logits at position 0 have a gradient") for f in found)
+
+
+def test_a_leak_in_evaluation_alone_is_found() -> None:
+    class Careless(Decoder):
+        def forward(
+            self, ids_BT: torch.Tensor, *args: object, **kwargs: object
+        ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            logits, attention = super().forward(ids_BT, *args, **kwargs)  # type: ignore[arg-type]
+            return logits if self.training or "last" not in kwargs else logits + ids_BT.sum(), attention
+
+    torch.manual_seed(0)
+    [found] = audit.causality(Careless(SHAPE, VOCAB), VOCAB)
+    assert found.startswith("evaluation path: other tokens after position 0")
 
 
 def test_a_leak_that_gradients_cannot_see_is_found_by_changed_tokens() -> None:

@@ -51,7 +51,6 @@ def test_evaluation_windows_hold_each_target_once_in_order(n: int, seq_len: int,
     batches = list(windows.in_order(batch_size))
     assert [int(t) for _, y in batches for t in y.flatten()] == list(range(1, n))
     assert all((y == x + 1).all() for x, y in batches)
-    assert len(batches) == windows.n_batches(batch_size, tail=True)
 
 
 @given(n=st.integers(21, 200), seq_len=st.integers(1, 20), batch_size=st.integers(1, 9), seed=st.integers(0, 99))
@@ -62,7 +61,7 @@ def test_a_training_pass_takes_each_full_window_once(n: int, seq_len: int, batch
     targets = sorted(int(t) for _, y in batches for t in y.flatten())
     assert targets == list(range(1, 1 + (n - 1) // seq_len * seq_len))
     assert all((y == x + 1).all() for x, y in batches)
-    assert len(batches) == windows.n_batches(batch_size, tail=False)
+    assert len(batches) == windows.n_batches(batch_size)
 
 
 def test_the_order_changes_with_the_seed() -> None:

@@ -26,6 +26,11 @@ def test_a_longer_unknown_word_costs_more() -> None:
     assert long > short + 10
 
 
+def test_a_word_of_any_length_has_a_finite_price() -> None:
+    [paid] = cost(["the " + "xq7" * 2000 + ".\n"])
+    assert 6000 < paid < 60_000
+
+
 def test_byte_level_tokens_have_nothing_left_to_pay() -> None:
     assert cost(["The zyzzyva!\n"], kind="bpe") == [0.0]
 
