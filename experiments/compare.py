@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments.tracking import Tracker
 
     tracker = Tracker(Settings.load())
+    if len({tracker.find_run(name).info.run_id for name in args.runs}) == 1:
+        raise UserError(f"a comparison needs two runs: got {args.runs[0]} twice. Try another run.")
     a, b = (_side(tracker, name, args.split) for name in args.runs)
     print(describe(a, b, scores.compare(a, b), f"{args.split}, all records"))
     records = a.sheets[0].records
@@ -59,6 +61,8 @@ def _side(tracker: Tracker, name: str, split: str) -> Side:
     sheets: list[Sheet] = []
     for member in members:
         run = tracker.open_run(member.info.run_id)
+        if member.info.status != "FINISHED":
+            print(f"{run.name} is {member.info.status}: it stands with its best epoch so far")
         if run.leaks:
             raise UserError(f"a comparison needs honest runs: got {run.name}, which leaks. Try another run.")
         file = run.fetch_artifact(f"scores/{split}.safetensors")

@@ -73,9 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_flags(parser, **_QUICK)
     args = parser.parse(argv)
     config = cli.config_of(args, **({} if args.full else _QUICK))
-    wanted = args.cells or list(range(1, len(CELLS) + 1))
+    config = config.override({"patience": 0})
+    wanted = sorted(set(args.cells or range(1, len(CELLS) + 1)))
     if not set(wanted) <= set(range(1, len(CELLS) + 1)):
         raise UserError(f"cells must be numbers from 1 to {len(CELLS)}: got {wanted}. Try --cells 1 4.")
+
+    if config.model.positions == "rotary" or config.model.seq_len < 2:
+        raise UserError(
+            "torch's layers take positions with the embeddings, and a leak needs two tokens: got positions="
+            f"{config.model.positions}, seq_len={config.model.seq_len}. Try --positions sinusoidal --seq-len 32."
+        )
 
     from experiments import run as runs
     from experiments.settings import Settings
@@ -84,14 +91,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     tracker = Tracker(Settings.load())
     text = runs.read_text(config.data, tracker.settings)
     runs.check(text, config, None)
-    n_windows = args.windows or (_FULL_WINDOWS if args.full else _QUICK_WINDOWS)
-    most = len(text.tokens.ids["train"]) - config.model.seq_len
+    n_windows = args.windows if args.windows is not None else _FULL_WINDOWS if args.full else _QUICK_WINDOWS
+    least, most = 2 * config.train.batch_size, len(text.tokens.ids["train"]) - config.model.seq_len
     if args.windows is None and not args.full:
         n_windows = min(n_windows, most)
-    if not 2 * config.train.batch_size <= n_windows <= most:
+    if not least <= n_windows <= most:
+        remedy = f"--windows {most}" if least <= most else "a larger corpus, a smaller --seq-len or --batch-size"
         raise UserError(
-            f"windows must be from {2 * config.train.batch_size} to {most:,} on this text: got {n_windows:,}. "
-            f"Try --windows {most}."
+            f"windows must be at least {least:,} (two batches) and at most {most:,} (of this text): got {n_windows:,}. "
+            f"Try {remedy}."
         )
     print(text.corpus.describe())
     print(f"on {runs.machine(config)}")
@@ -167,12 +175,13 @@ def build(cell: Cell, config: Config, vocab_size: int) -> Decoder:
         def __init__(self) -> None:
             super().__init__(shape, vocab_size)
             self.layers = nn.ModuleList()
-            sizes = (shape.d_model, shape.n_heads, shape.d_ff, shape.dropout)
+            sizes = (shape.d_model, shape.n_heads, shape.d_ff, shape.dropout, shape.activation)
             self.memory = cell.network == "memory"
+            kind = nn.TransformerDecoderLayer if self.memory else nn.TransformerEncoderLayer
+            layer: Any = kind(*sizes, batch_first=True, norm_first=shape.norm == "pre")
             if self.memory:
-                self.body = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, batch_first=True), shape.n_layers)
+                self.body: nn.Module = nn.TransformerDecoder(layer, shape.n_layers)
             else:
-                layer = nn.TransformerEncoderLayer(*sizes, batch_first=True)
                 self.body = nn.TransformerEncoder(layer, shape.n_layers, enable_nested_tensor=False)
 
         def forward(
@@ -186,7 +195,7 @@ def build(cell: Cell, config: Config, vocab_size: int) -> Decoder:
             x_BTD = self.dropout(self.embedding(ids_BT) * self.embedding_scale + self.positions[:T])
             mask_TT = nn.Transformer.generate_square_subsequent_mask(T, device=x_BTD.device)
             x_BTD = self.body(x_BTD, memory=x_BTD, tgt_mask=mask_TT) if self.memory else self.body(x_BTD)
-            return self.head(x_BTD), []
+            return self.head(self.final_norm(x_BTD)), []
 
     return Decoder(shape, vocab_size) if cell.network == "causal" else Faulty()
 

@@ -89,6 +89,10 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
             f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
             "Try --epochs, --patience or --device alone, or a new run."
         )
+    if run.tags().get("lm.kind") == "seeds":
+        raise UserError(
+            f"a run to resume must be of one seed: got {run.name}, which sums up several. Try {run.name}-seed0."
+        )
     folder = run.fetch_checkpoint("last")
     loaded = checkpoint.load(folder)
     config = loaded.config.override(changes)
@@ -114,7 +118,7 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
                 "Try the run's own folder."
             )
     done = loaded.state.epochs_done
-    if run.mlflow_run.info.status != "FINISHED":
+    if run.mlflow_run.info.status != "FINISHED" and done <= config.train.epochs:
         return config, text, loaded.state  # at the least its end is missing: audit, model, test
     if done >= config.train.epochs:
         raise UserError(f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}.")
@@ -182,7 +186,7 @@ def train_and_log(
         sample = generate.generate_text(state.model, vocab, seed_text, temperature=0.8, seed=0)
         run.log_page(f"samples/epoch_{report.epoch:03d}.txt", sample + "\n")
         if report.is_best:
-            _log_sheet(run, text, "validation", report.scores, config)
+            _log_sheet(run, text, "validation", report.scores, config, report.epoch)
         for name, due in (("best", report.is_best), ("last", True)):
             if due:
                 checkpoint.save(
@@ -201,7 +205,8 @@ def train_and_log(
         audit_model(best)
         if run.leaks:
             return  # it has checkpoints, and no model that could be registered
-        metrics = {"best_epoch": float(state.best_epoch), **_from_sheet(run, text, "validation", "best_validation")}
+        measured = measure(run, text, config, "validation", "window", progress)
+        metrics = {"best_epoch": float(state.best_epoch), **{f"best_{key}": value for key, value in measured.items()}}
         dataset = (text.corpus.name, text.corpus.digest)
         model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
@@ -306,17 +311,23 @@ def measure(
     if len(text.tokens.ids[split]) < 2:
         return {}
     name = split if context == "window" else f"{context}_{split}"
-    if name == "validation":  # the best epoch left it
-        return _from_sheet(run, text, split, name)
     best = checkpoint.load(run.fetch_checkpoint("best"), runtime.resolve_device(config.train.device)).state
-    done = f"lm.{name}_epoch"
-    if run.tags().get(done) != str(best.epochs_done):
-        windows = text.tokens.windows(split, config.model.seq_len)
-        precision = runtime.resolve_precision(config.train.precision, best.model.device)
-        scores = evaluate(best.model, windows, precision, f"{name}, best checkpoint" if progress else None, context)
-        _log_sheet(run, text, name, scores, config)
-        run.log_metrics(figures(text, split, scores, name), best.epochs_done, {done: best.epochs_done})
-    return _from_sheet(run, text, split, name)
+    file, done = run.fetch_artifact(f"scores/{name}.safetensors"), f"lm.{name}_epoch"
+    sheet = Sheet.read(file) if file is not None else None
+    if (
+        sheet is not None
+        and sheet.epoch == best.epochs_done
+        and (name == "validation" or run.tags().get(done) == str(best.epochs_done))
+    ):
+        return figures(text, split, Scores(sheet.nats), name)
+    windows = text.tokens.windows(split, config.model.seq_len)
+    precision = runtime.resolve_precision(config.train.precision, best.model.device)
+    scores = evaluate(best.model, windows, precision, f"{name}, best checkpoint" if progress else None, context)
+    made = figures(text, split, scores, name)
+    _log_sheet(run, text, name, scores, config, best.epochs_done)
+    if name != "validation":  # those the epoch itself has logged
+        run.log_metrics(made, best.epochs_done, {done: best.epochs_done})
+    return made
 
 
 def against_baseline(found: Mapping[str, float], name: str, baseline: Mapping[str, float]) -> str:
@@ -335,17 +346,10 @@ def against_baseline(found: Mapping[str, float], name: str, baseline: Mapping[st
     )
 
 
-def _from_sheet(run: TrackedRun, text: Text, split: str, name: str) -> dict[str, float]:
-    """The figures of a score sheet that the run has: `name` before each; a sheet is called as its split and context."""
-    file = run.fetch_artifact(f"scores/{name.removeprefix('best_')}.safetensors")
-    assert file is not None
-    return figures(text, split, Scores(Sheet.read(file).nats), name)
-
-
-def _log_sheet(run: TrackedRun, text: Text, name: str, scores: Scores, config: Config) -> None:
+def _log_sheet(run: TrackedRun, text: Text, name: str, scores: Scores, config: Config, epoch: int) -> None:
     table = text.tokens.records[name.removeprefix("sliding_")]
     columns = {column: np.ascontiguousarray(table[column]) for column in table.dtype.names or ()}
-    sheet = Sheet(scores.nats_N, columns, text.digest, text.corpus.digest, config.train.seed)
+    sheet = Sheet(scores.nats_N, columns, text.digest, text.corpus.digest, config.train.seed, epoch)
     run.log_bytes(f"scores/{name}.safetensors", sheet.pack())
 
 

@@ -37,10 +37,16 @@ class Sheet:
     tokens_digest: str
     corpus_digest: str
     seed: int
+    epoch: int
 
     def pack(self) -> bytes:
         """As one safetensors file; `Sheet.read` is the inverse."""
-        about = {"tokens_digest": self.tokens_digest, "corpus_digest": self.corpus_digest, "seed": self.seed}
+        about = {
+            "tokens_digest": self.tokens_digest,
+            "corpus_digest": self.corpus_digest,
+            "seed": self.seed,
+            "epoch": self.epoch,
+        }
         return save({"nats": self.nats, **self.records}, metadata={"about": json.dumps(about)})
 
     @classmethod
@@ -54,7 +60,14 @@ class Sheet:
             with safe_open(path, framework="numpy") as f:
                 about = json.loads(f.metadata()["about"])
                 records = {name: f.get_tensor(name) for name in _COLUMNS}
-                return cls(f.get_tensor("nats"), records, **about)
+                digests = (str(about["tokens_digest"]), str(about["corpus_digest"]))
+                sheet = cls(f.get_tensor("nats"), records, *digests, int(about["seed"]), int(about["epoch"]))
+            n_targets = max(0, int(records["tokens"].sum()) - 1)
+            if sheet.nats.shape != (n_targets,) or len({column.shape for column in records.values()}) > 1:
+                raise ValueError("lengths do not fit")
+            if not np.isfinite(sheet.nats).all():
+                raise ValueError("a score is not finite")
+            return sheet
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
             raise UserError(
                 f"a score sheet must be as it was written: got {type(e).__name__} in {path.name}. Try training again."

@@ -160,7 +160,7 @@ class Tracker:
         for run in newest:
             if name_or_id in (run.info.run_id, run.info.run_name):
                 return run
-        remedy = f"--resume {newest[0].info.run_id}" if newest else "a first run without --resume"
+        remedy = f"{newest[0].info.run_name}" if newest else "python experiments/train.py first"
         raise UserError(
             f"a run must be named by its id or name: got {name_or_id!r}, which is not in experiment "
             f"{self.settings.experiment!r}. Try {remedy}."

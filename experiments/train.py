@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SUMMED_UP = [
     f"{split}_{kind}"
-    for split in ("validation", "test")
+    for split in ("validation", "test", "sliding_validation", "sliding_test")
     for kind in ("perplexity", "clean_perplexity", "bits_per_byte")
 ]
 
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.config_of(args)
     if args.seeds < 1:
         raise UserError(f"seeds must be at least 1: got {args.seeds}. Try --seeds 5.")
+    config.override(
+        {"seed": config.train.seed + args.seeds - 1}
+    )  # the last seed is checked before the first is trained
     if args.resume is not None and (args.preset or args.run_name or args.seeds > 1):
         raise UserError("a resumed run must keep its preset, name and seed: got one of them. Try --resume alone.")
 

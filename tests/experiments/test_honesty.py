@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from experiments import compare, leak_study, train, tune
+from experiments import run as runs
 from experiments.settings import Settings
 from experiments.tracking import Tracker
 from lm import data, model
+from lm.checkpoint import TrainState
+from lm.config import Config
 from lm.errors import DivergedError, LeakError, UserError
+from lm.vocab import Vocab
 from tests.conftest import TOY_FLAGS
 
 
@@ -91,8 +95,9 @@ def test_a_leak_that_is_allowed_marks_the_run_and_each_figure(
     assert all(name.startswith("leaking_") for name in run.data.metrics)
     assert not tracker.client.search_logged_models([tracker.experiment_id])
     assert "LEAKING, worth nothing: test, best checkpoint" in capsys.readouterr().out
+    train.main([*flags, "--run-name", "also", "--allow-leak"])
     with pytest.raises(UserError, match="a comparison needs honest runs: got leaks, which leaks"):
-        compare.main(["leaks", "leaks"])
+        compare.main(["leaks", "also"])
 
 
 @pytest.mark.usefixtures("without_mask")
@@ -196,7 +201,7 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     assert "The difference is real: many is better." in printed
     assert re.search(r"t-test over seeds p = [\d.e-]+", printed)
     assert "validation, clean records: " in printed
-    compare.main(["few-seed0", "few-seed0", "--split", "test"])
+    compare.main(["few-seed0", "few-seed1", "--split", "test"])
     printed = capsys.readouterr().out
     assert "Too few questions to tell: they weigh as 8.0, 20 are needed." in printed
     assert "One seed a side" in printed
@@ -205,11 +210,47 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
         compare.main(["few", "many"])
 
 
+def test_a_score_sheet_of_another_epoch_than_the_best_is_not_believed(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = runs.checkpoint.save
+
+    def die_before_the_third_best(
+        folder: Path, config: Config, vocab: Vocab, state: TrainState, *a: str, **k: bool
+    ) -> None:
+        if state.epochs_done == 3:
+            raise KeyboardInterrupt
+        saving(folder, config, vocab, state, *a, **k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.checkpoint, "save", die_before_the_third_best)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*flags, "--epochs", "4", "--run-name", "killed"])
+    with pytest.raises(UserError, match="a finished run needs more epochs to go on"):
+        train.main(["--resume", "killed", "--epochs", "1"])
+    train.main(["--resume", "killed", "--epochs", "2"])
+    run = tracker.find_run("killed")
+    second = tracker.client.get_metric_history(run.info.run_id, "validation_perplexity")[1]
+    assert run.data.metrics["best_epoch"] == second.step == 2
+    assert run.data.metrics["best_validation_perplexity"] == pytest.approx(second.value)
+
+
+def test_a_group_cannot_be_resumed_as_one(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "pair", "--seeds", "2"])
+    with pytest.raises(UserError, match="a run to resume must be of one seed: got pair.*Try pair-seed0"):
+        train.main(["--resume", "pair"])
+    with pytest.raises(UserError, match="seed must be below"):
+        train.main([*flags, "--seed", str(2**31 - 1), "--seeds", "2"])
+
+
 def test_a_run_without_scores_cannot_be_compared(tracker: Tracker) -> None:
-    with tracker.run("bare", {}):
-        pass
+    for name in ("bare", "naked"):
+        with tracker.run(name, {}):
+            pass
+    with pytest.raises(UserError, match="a comparison needs two runs: got bare twice"):
+        compare.main(["bare", "bare"])
     with pytest.raises(UserError, match="a run must have scores on test to be compared: got bare, which has none"):
-        compare.main(["bare", "bare", "--split", "test"])
+        compare.main(["bare", "naked", "--split", "test"])
 
 
 def test_the_leak_study_catches_every_cell(
@@ -230,7 +271,11 @@ def test_the_leak_study_catches_every_cell(
     for name in ("overlapping windows", "open memory", "both faults", "no mask at all, overlapping windows"):
         assert all(metric.startswith("leaking_") for metric in runs[name].data.metrics)
     assert (lab / "reports/leak-study.html").stat().st_size > 1_000_000
-    with pytest.raises(UserError, match="windows must be from 64 to"):
+    with pytest.raises(UserError, match="windows must be at least 64"):
         leak_study.main([*flags, "--windows", "100000000"])
+    with pytest.raises(UserError, match="got positions=rotary.*Try --positions sinusoidal"):
+        leak_study.main([*flags, "--positions", "rotary"])
+    with pytest.raises(UserError, match="got 0. Try --windows"):
+        leak_study.main([*flags, "--windows", "0"])
     with pytest.raises(UserError, match="cells must be numbers from 1 to 5"):
         leak_study.main([*flags, "--cells", "6"])

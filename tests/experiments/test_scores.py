@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,32 @@ def sheet(shift: float = 0.0, noise: int = 0, seed: int = 0, tokens: str = "t", 
         "written_nats": np.full(N_RECORDS, 2.0), "group": np.arange(N_RECORDS) // 3,
         "copied": np.arange(N_RECORDS) % 5 == 0, "shared": np.zeros(N_RECORDS, bool),
     }  # fmt: skip
-    return Sheet((difficulty + own + shift).astype(np.float32), records, tokens, corpus, seed)
+    return Sheet((difficulty + own + shift).astype(np.float32), records, tokens, corpus, seed, epoch=2)
 
 
 def test_a_sheet_comes_back_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "s.safetensors").write_bytes(sheet(seed=3).pack())
     read = Sheet.read(tmp_path / "s.safetensors")
     assert np.array_equal(read.nats, sheet().nats)
-    assert (read.tokens_digest, read.corpus_digest, read.seed) == ("t", "c", 3)
+    assert (read.tokens_digest, read.corpus_digest, read.seed, read.epoch) == ("t", "c", 3, 2)
     assert all(np.array_equal(read.records[name], column) for name, column in sheet().records.items())
 
 
 def test_a_damaged_sheet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.safetensors").write_bytes(sheet().pack()[:200])
     with pytest.raises(UserError, match="a score sheet must be as it was written"):
+        Sheet.read(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["short nats", "short column", "nan"])
+def test_a_sheet_whose_parts_do_not_fit_is_refused(damage: str, tmp_path: Path) -> None:
+    made = sheet()
+    if damage == "short column":
+        made.records["copied"] = made.records["copied"][:-1]
+    else:
+        made = replace(made, nats=made.nats[:-1] if damage == "short nats" else np.full_like(made.nats, np.nan))
+    (tmp_path / "s.safetensors").write_bytes(made.pack())
+    with pytest.raises(UserError, match="a score sheet must be as it was written: got ValueError"):
         Sheet.read(tmp_path / "s.safetensors")
 
 

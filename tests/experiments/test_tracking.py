@@ -101,7 +101,7 @@ def test_runs_are_found_by_id_and_by_name(tracker: Tracker) -> None:
         pass
     assert tracker.find_run(run.id).info.run_id == run.id
     assert tracker.find_run("it's mine").info.run_id == run.id
-    with pytest.raises(UserError, match=r"a run must be named by its id or name: got 'nothing'.*Try --resume"):
+    with pytest.raises(UserError, match=r"a run must be named by its id or name: got 'nothing'.*Try it"):
         tracker.find_run("nothing")
 
 
