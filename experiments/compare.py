@@ -56,7 +56,7 @@ def _side(tracker: Tracker, name: str, split: str) -> Side:
     if len(members) != wanted or len(epochs) > 1:
         raise UserError(
             f"a group must be whole, with equal epochs: got {len(members)} finished of {wanted} seeds in {name}. "
-            f"Try train.py --resume for the missing one, or a single run of it."
+            f"Try --resume for a seed that was begun, a single run ({name}-seed0), or the group again."
         )
     sheets: list[Sheet] = []
     for member in members:
@@ -90,12 +90,12 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
 
     better, worse, sign = (b.name, a.name, 1) if found.less > 0 else (a.name, b.name, -1)
     low, high = sorted((sign * found.low, sign * found.high))
-    seeds = "" if found.p_seeds is None else f"; t-test over seeds p = {found.p_seeds:.2g}"
+    over = "questions and seeds" if found.has_seeds else "questions"
     if found.is_real:
         verdict = f"The difference is real: {better} is better."
     elif found.n_effective < LEAST_QUESTIONS:
         verdict = f"Too few questions to tell: they weigh as {found.n_effective:.1f}, {LEAST_QUESTIONS} are needed."
-    elif found.is_shown and found.p_seeds is None:
+    elif found.is_shown:
         verdict = (
             f"These two checkpoints differ, {better} is better; whether the configurations do, only seeds can tell."
         )
@@ -106,7 +106,7 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
         f"{what}: {found.n_targets:,} tokens of {found.n_questions:,} questions\n"
         f"  A {side(a.name, found.a)}\n  B {side(b.name, found.b)}\n"
         f"  {better} pays {abs(found.less):.4f} nats a {found.unit} less than {worse}{change}, "
-        f"95 % interval {low:.4f} to {high:.4f}{seeds}\n  {verdict}"
+        f"95 % interval {low:.4f} to {high:.4f}, p = {found.p:.2g} over {over}\n  {verdict}"
     )
 
 

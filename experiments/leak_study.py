@@ -126,7 +126,7 @@ def train_cell(cell: Cell, config: Config, text: Text, n_windows: int, tracker: 
     runtime.seed_everything(config.train.seed)
     model = build(cell, config, len(text.tokens.vocab)).to(runtime.resolve_device(config.train.device))
     state = TrainState(model, build_optimizers(model, config.train))
-    paths = audit.PATHS if cell.network == "causal" else {k: audit.PATHS[k] for k in ("training", "evaluation")}
+    paths = tuple(audit.PATHS) if cell.network == "causal" else ("training", "evaluation")
     with tracker.run(f"leak study: {cell.name}", {"lm.kind": "leak_study", "lm.cell": cell.name}) as run:
         run.log_params({**config.flat(), "windows": n_windows, "cell": cell.name})
         run.log_corpus(text.corpus)
@@ -135,7 +135,7 @@ def train_cell(cell: Cell, config: Config, text: Text, n_windows: int, tracker: 
         print(f"\n{cell.name}\n  audit: {outcome.findings}", flush=True)
         for report in train.fit(state, train_windows, validation_windows, config.train, cli.is_terminal()):
             total = report.validation
-            run.log_epoch(report, {"validation_loss": total.nll, "validation_perplexity": total.perplexity})
+            run.log_epoch(report, {"study_loss": total.nll, "study_perplexity": total.perplexity})
             outcome.perplexities.append(total.perplexity)
             print(f"  {report.describe(config.train.epochs)}", flush=True)
     return outcome

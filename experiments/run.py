@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -110,6 +110,11 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
             f"a run must be resumed on its own corpus: got digest {text.corpus.digest[:8]}, the run has "
             f"{loaded.corpus_digest[:8]}. Try the settings of the run (LM_WIKIQA_DIR)."
         )
+    if loaded.vocab.to_json() != text.tokens.vocab.to_json():
+        raise UserError(
+            "a run must be resumed with its own vocabulary: got another one for the same text. "
+            "Try the version of this project and of tokenizers that the run was made with."
+        )
     logged = run.params()
     for key, value in loaded.config.flat().items():
         if key not in _MAY_CHANGE and logged.get(key) != str(value):
@@ -152,8 +157,8 @@ def train_and_log(
     vocab = text.tokens.vocab
     is_new = state is None
 
-    def audit_model(model: Decoder) -> None:
-        audit_run(run, model, windows["train"], windows["validation"], text, config, allow_leak)
+    def audit_model(model: Decoder, paths: Sequence[str] = tuple(audit.PATHS)) -> None:
+        audit_run(run, model, windows["train"], windows["validation"], text, config, allow_leak, paths)
 
     if state is None:
         runtime.seed_everything(config.train.seed)
@@ -178,7 +183,7 @@ def train_and_log(
 
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
         if report.is_best:
-            audit_model(state.model)  # before its figures are logged: a leak may be learned
+            audit_model(state.model, ["evaluation"])  # before its figures are logged: a leak may be learned
         run.log_epoch(report, figures(text, "validation", report.scores))
         title = f"{run.name}, epoch {report.epoch}: attention on validation text"
         shown = attention.attention_map(state.model, vocab, probe)
@@ -220,16 +225,16 @@ def audit_run(
     text: Text,
     config: Config,
     allow_leak: bool,
-    paths: Mapping[str, audit.Path] = audit.PATHS,
+    paths: Sequence[str] = tuple(audit.PATHS),
 ) -> None:
-    """Audit the model and its windows, and tag the run with the outcome.
+    """Audit some paths of the model, and its windows, and tag the run with the outcome.
 
     Raises:
         LeakError: there are findings, and `allow_leak` is not given.
     """
     precision = runtime.resolve_precision(config.train.precision, model.device)
     findings = [
-        *audit.causality(model, len(text.tokens.vocab), precision, paths=paths),
+        *audit.causality(model, len(text.tokens.vocab), precision, paths={name: audit.PATHS[name] for name in paths}),
         *audit.alignment(train_windows, "train"),
         *audit.alignment(validation_windows, "validation"),
         *audit.separation(train_windows, validation_windows),

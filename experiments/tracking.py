@@ -6,6 +6,7 @@ FAILED, each with its reason as the tag `lm.reason`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -156,9 +157,12 @@ class Tracker:
         Raises:
             UserError: there is none.
         """
+        if re.fullmatch(r"[0-9a-f]{32}", name_or_id):
+            with contextlib.suppress(MlflowException):
+                return self.client.get_run(name_or_id)
         newest = self.client.search_runs([self.experiment_id], max_results=1000)
         for run in newest:
-            if name_or_id in (run.info.run_id, run.info.run_name):
+            if name_or_id == run.info.run_name:
                 return run
         remedy = f"{newest[0].info.run_name}" if newest else "python experiments/train.py first"
         raise UserError(

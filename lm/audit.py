@@ -19,7 +19,7 @@ from lm.errors import LeakError
 from lm.model import Decoder
 from lm.runtime import autocast
 
-_BATCH, _LONGEST, _POSITIONS = 2, 256, 4
+_BATCH, _POSITIONS = 2, 2
 
 Path = Callable[[Decoder, Tensor], Tensor]
 
@@ -61,16 +61,26 @@ def causality(
     seed: int = 0,
     paths: Mapping[str, Path] = PATHS,
 ) -> list[str]:
-    """Whether logits at a position depend on later tokens, on each path, at random positions.
+    """Whether logits at a position depend on later tokens, or on another text of the batch, on each path.
 
-    Two tests, both exact: the gradient of the logits with respect to the later embeddings is zero, and other later
-    tokens leave the earlier logits equal to the bit. Weights, gradients, mode and random state stay as they were.
+    Two tests at random positions of the first text, both exact: the gradient of its logits with respect to all those
+    embeddings is zero, and other tokens there leave the logits equal to the bit. Weights, gradients, mode and random
+    state stay as they were.
+
+    Args:
+        vocab_size: tokens are drawn below it.
+        precision: of the matrix products, as in training.
+        seed: of tokens and positions.
+        paths: the ways to make logits that are looked at.
+
+    Returns:
+        one finding for each path that leaks.
     """
-    T = min(model.seq_len, _LONGEST)
+    T = model.seq_len
     if T < 2:
         return []
     rng = np.random.default_rng(seed)
-    positions = sorted({0, *(int(t) for t in rng.integers(0, T - 1, _POSITIONS)), T - 2})
+    positions = sorted({*(int(t) for t in rng.integers(0, T - 1, _POSITIONS)), T - 2})
     ids_BT, others_BT = (torch.from_numpy(rng.integers(0, vocab_size, (_BATCH, T))).to(model.device) for _ in range(2))
     others_BT = torch.where(others_BT == ids_BT, (others_BT + 1) % vocab_size, others_BT)
     findings: list[str] = []
@@ -106,11 +116,13 @@ def _gradient_leak(model: Decoder, ids_BT: Tensor, path: Path, positions: Sequen
     for t in positions:
         if t < start:
             continue
-        seen = (logits_BTV[:, t].float() * weights_V).sum()
+        seen = (logits_BTV[0, t].float() * weights_V).sum()
         (gradient_BTD,) = torch.autograd.grad(seen, embedded[-1], retain_graph=True)
-        later = gradient_BTD[:, t - start + 1 :].abs().amax(dim=(0, 2))
-        if bool((later != 0).any()):  # NaN too
-            at = t + 1 + int(later.ne(0).int().argmax())
+        reached_BT = (gradient_BTD != 0).any(dim=-1)  # NaN too
+        if bool(reached_BT[1:].any()):
+            return f"the logits at position {t} have a gradient with respect to another text of the batch"
+        if bool(reached_BT[0, t - start + 1 :].any()):
+            at = t + 1 + int(reached_BT[0, t - start + 1 :].int().argmax())
             return f"the logits at position {t} have a gradient with respect to the token at {at}"
     return ""
 
@@ -119,9 +131,10 @@ def _gradient_leak(model: Decoder, ids_BT: Tensor, path: Path, positions: Sequen
 def _token_leak(model: Decoder, ids_BT: Tensor, others_BT: Tensor, path: Path, positions: Sequence[int]) -> str:
     before_BTV = path(model, ids_BT)
     for t in positions:
-        changed_BT = torch.cat([ids_BT[:, : t + 1], others_BT[:, t + 1 :]], dim=1)
-        if not torch.equal(path(model, changed_BT)[:, : t + 1], before_BTV[:, : t + 1]):
-            return f"other tokens after position {t} change the logits up to it"
+        changed_BT = others_BT.clone()
+        changed_BT[0, : t + 1] = ids_BT[0, : t + 1]
+        if not torch.equal(path(model, changed_BT)[0, : t + 1], before_BTV[0, : t + 1]):
+            return f"other tokens after position {t}, or in another text of the batch, change the logits up to it"
     return ""
 
 

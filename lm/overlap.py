@@ -26,7 +26,7 @@ def in_train(corpus: Corpus, split: str) -> tuple[npt.NDArray[np.bool_], npt.NDA
     answers = {record.answer.lower() for record in corpus.splits["train"]}
     runs = {run for record in corpus.splits["train"] for run in _runs(record.text)}
     records = corpus.splits[split]
-    copied = np.array([record.answer.lower() in answers for record in records], dtype=bool)
+    copied = np.array([bool(record.answer) and record.answer.lower() in answers for record in records], dtype=bool)
     shared = np.array([not runs.isdisjoint(_runs(record.text)) for record in records], dtype=bool)
     return copied, shared
 

@@ -173,8 +173,7 @@ def test_without_a_clean_record_there_is_no_clean_figure(
 def test_a_loss_that_is_not_finite_leaves_no_figure_behind(
     tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.Decoder, "embedding_scale", float("nan"), raising=False)
-    with pytest.raises((DivergedError, LeakError)):
+    with pytest.raises(DivergedError):
         train.main([*flags, "--run-name", "burst", "--lr", "1e30"])
     run = tracker.find_run("burst")
     assert run.info.status == "FAILED"
@@ -199,7 +198,7 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     compare.main(["few", "many"])
     printed = capsys.readouterr().out
     assert "The difference is real: many is better." in printed
-    assert re.search(r"t-test over seeds p = [\d.e-]+", printed)
+    assert re.search(r"p = [\d.e-]+ over questions and seeds", printed)
     assert "validation, clean records: " in printed
     compare.main(["few-seed0", "few-seed1", "--split", "test"])
     printed = capsys.readouterr().out
@@ -267,7 +266,7 @@ def test_the_leak_study_catches_every_cell(
         r.data.tags["lm.cell"]: r
         for r in tracker.client.search_runs([tracker.experiment_id], "tags.`lm.kind` = 'leak_study'")
     }
-    assert "validation_perplexity" in runs["no fault"].data.metrics
+    assert "study_perplexity" in runs["no fault"].data.metrics
     for name in ("overlapping windows", "open memory", "both faults", "no mask at all, overlapping windows"):
         assert all(metric.startswith("leaking_") for metric in runs[name].data.metrics)
     assert (lab / "reports/leak-study.html").stat().st_size > 1_000_000
