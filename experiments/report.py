@@ -137,8 +137,9 @@ def _measured(winner: TrackedRun) -> str:
     from experiments import run as runs
 
     found = winner.metrics()
+    baseline = {name: float(value) for name, value in winner.params().items() if name.startswith("baseline")}
     parts = [
-        f"{what}: {runs.against_baseline(found, name, found)}"
+        f"{what}: {runs.against_baseline(found, name, baseline)}"
         for what, name in (("validation", "best_validation"), ("test", "test"))
         if f"{name}_perplexity" in found
     ]

@@ -171,7 +171,9 @@ def train_and_log(
         run.log_corpus(text.corpus)
     audit_model(state.model)
     if is_new:
-        run.log_metrics({**text_figures(text), **baseline_figures(text)}, step=0)
+        baseline = baseline_figures(text)
+        run.log_params({**text_figures(text), **baseline})  # facts of the text, which would crowd the charts
+        run.log_metrics({"baseline_perplexity": baseline["baseline_perplexity"]}, step=0)
     run.log_tags(
         {
             "lm.device": machine(config),

@@ -44,6 +44,9 @@ def test_a_run_logs_figures_that_can_be_trusted(
     run = tracker.find_run("honest")
     logged = run.data.metrics
     assert run.data.tags["lm.audit"] == "passed"
+    facts = {key: float(value) for key, value in run.data.params.items() if key.startswith(("base", "valid", "test"))}
+    assert logged["baseline_perplexity"] == facts["baseline_perplexity"]
+    logged = {**facts, **logged}
     for split in ("validation", "test", "sliding_validation", "sliding_test", "baseline", "baseline_test"):
         for kind in ("loss", "perplexity", "clean_perplexity", "bits_per_byte"):
             assert logged[f"{split}_{kind}"] > 0, (split, kind)
@@ -163,9 +166,10 @@ def test_without_a_clean_record_there_is_no_clean_figure(
     rows = [f"is {word} {i} a thing?,It is what it is." for i in range(40) for word in ("this", "that")]
     file.write_text("question,answer\n" + "\n".join(rows) + "\n")
     train.main([*TOY_FLAGS, "--corpus", str(file), "--run-name", "dirty"])
-    logged = tracker.find_run("dirty").data.metrics
-    assert logged["validation_answers_in_train_share"] == 1
-    assert logged["validation_clean_share"] == 0
+    run = tracker.find_run("dirty")
+    assert float(run.data.params["validation_answers_in_train_share"]) == 1
+    assert float(run.data.params["validation_clean_share"]) == 0
+    logged = {**run.data.params, **run.data.metrics}
     assert not any("clean_perplexity" in name for name in logged)
     assert "on clean records none, there is no clean record" in capsys.readouterr().out
 

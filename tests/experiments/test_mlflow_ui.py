@@ -60,7 +60,8 @@ def test_charts_compare_and_attention_are_drawn_in_the_ui(ui: tuple[str, Tracker
     trial = tracker.client.search_runs([tracker.experiment_id], "tags.`lm.trial` = '0'")[0]
     with open_browser(base) as (page, _):
         page.goto(charts)
-        page.wait_for_selector("text=validation_perplexity", timeout=60_000)
+        page.get_by_placeholder("Search metric charts").fill("validation_perplexity", timeout=60_000)
+        page.locator("text='validation_perplexity' >> visible=true").first.wait_for(timeout=60_000)
         page.wait_for_selector(".js-plotly-plot", timeout=60_000)
         page.wait_for_timeout(2000)
         screenshot(page, "mlflow-charts")
