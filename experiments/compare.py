@@ -82,7 +82,7 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
     unit = "perplexity" if found.unit == "token" else "bits a byte"
 
     def side(name: str, means: list[float]) -> str:
-        shown = [math.exp(x) if found.unit == "token" else x / math.log(2) for x in means]
+        shown = [math.exp(min(x, 700)) if found.unit == "token" else x / math.log(2) for x in means]
         mean = sum(shown) / len(shown)
         sd = math.sqrt(sum((x - mean) ** 2 for x in shown) / (len(shown) - 1)) if len(shown) > 1 else 0.0
         spread = f" +- {sd:.3f} (standard deviation of {len(shown)} seeds)" if len(shown) > 1 else ""
@@ -90,6 +90,7 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
 
     better, worse, sign = (b.name, a.name, 1) if found.less > 0 else (a.name, b.name, -1)
     low, high = sorted((sign * found.low, sign * found.high))
+    p = f"= {found.p:.2g}" if found.p else "< 0.0002"
     over = "questions and seeds" if found.has_seeds else "questions"
     if found.is_real:
         verdict = f"The difference is real: {better} is better."
@@ -106,7 +107,7 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
         f"{what}: {found.n_targets:,} tokens of {found.n_questions:,} questions\n"
         f"  A {side(a.name, found.a)}\n  B {side(b.name, found.b)}\n"
         f"  {better} pays {abs(found.less):.4f} nats a {found.unit} less than {worse}{change}, "
-        f"95 % interval {low:.4f} to {high:.4f}, p = {found.p:.2g} over {over}\n  {verdict}"
+        f"95 % interval {low:.4f} to {high:.4f}, p {p} over {over}\n  {verdict}"
     )
 
 

@@ -152,7 +152,7 @@ def cut(cell: Cell, config: Config, text: Text, n_windows: int) -> tuple[Windows
     from lm.data import Windows
 
     ids, T = text.tokens.ids["train"], config.model.seq_len
-    n_train = round(n_windows * _TRAIN_SHARE)
+    n_train = min(round(n_windows * _TRAIN_SHARE), n_windows - 1)
     if cell.dealt:
         order = np.random.default_rng(config.data.split_seed).permutation(n_windows)
         return Windows(ids, T, np.sort(order[:n_train])), Windows(ids, T, np.sort(order[n_train:]))

@@ -89,6 +89,10 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
             f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
             "Try --epochs, --patience or --device alone, or a new run."
         )
+    if run.tags().get("lm.kind") == "trial":
+        raise UserError(
+            f"a trial must stay as its study knows it: got {run.name}. Try train.py with the trial's own params."
+        )
     if run.tags().get("lm.kind") == "seeds":
         raise UserError(
             f"a run to resume must be of one seed: got {run.name}, which sums up several. Try {run.name}-seed0."

@@ -159,7 +159,9 @@ class Tracker:
         """
         if re.fullmatch(r"[0-9a-f]{32}", name_or_id):
             with contextlib.suppress(MlflowException):
-                return self.client.get_run(name_or_id)
+                found = self.client.get_run(name_or_id)
+                if (found.info.lifecycle_stage, found.info.experiment_id) == ("active", self.experiment_id):
+                    return found
         newest = self.client.search_runs([self.experiment_id], max_results=1000)
         for run in newest:
             if name_or_id == run.info.run_name:

@@ -119,7 +119,7 @@ def _train(
 
 def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Namespace) -> TrackedRun:
     """A run for each seed and one that sums them up, which is returned; its figures are means of best epochs."""
-    import statistics
+    import numpy as np
 
     tags = {"lm.kind": "seeds", "lm.preset": args.preset or "reference"}
     with tracker.run(args.run_name, tags) as summary:
@@ -135,7 +135,10 @@ def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Na
         for key in _SUMMED_UP:
             values = [figures[key] for figures in found if key in figures]
             if len(values) == args.seeds:
-                mean, sd = statistics.mean(values), statistics.stdev(values)
+                mean, sd = (
+                    float(np.mean(values)),
+                    float(np.std(values, ddof=1)) if np.isfinite(values).all() else np.inf,
+                )
                 name = f"best_{key}" if key.startswith("validation") else key
                 summary.log_metrics({name: mean, f"{name}_sd": sd}, step=args.seeds)
                 print(

@@ -145,6 +145,8 @@ def test_a_leak_that_is_learned_is_found_before_its_figure_is_logged(
 
 def test_a_study_without_test_text_has_no_test_figure(tracker: Tracker, flags: list[str]) -> None:
     tune.main([*flags, "--trials", "1", "--lr", "3e-3", "--test-fraction", "0"])
+    with pytest.raises(UserError, match="a trial must stay as its study knows it: got trial 00"):
+        train.main(["--resume", "trial 00", "--epochs", "9"])
     assert not any(
         n.startswith("test_") for r in tracker.client.search_runs([tracker.experiment_id]) for n in r.data.metrics
     )
@@ -202,7 +204,7 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     compare.main(["few", "many"])
     printed = capsys.readouterr().out
     assert "The difference is real: many is better." in printed
-    assert re.search(r"p = [\d.e-]+ over questions and seeds", printed)
+    assert re.search(r"p [=<] [\d.e-]+ over questions and seeds", printed)
     assert "validation, clean records: " in printed
     compare.main(["few-seed0", "few-seed1", "--split", "test"])
     printed = capsys.readouterr().out
@@ -236,6 +238,13 @@ def test_a_score_sheet_of_another_epoch_than_the_best_is_not_believed(
     second = tracker.client.get_metric_history(run.info.run_id, "validation_perplexity")[1]
     assert run.data.metrics["best_epoch"] == second.step == 2
     assert run.data.metrics["best_validation_perplexity"] == pytest.approx(second.value)
+
+
+def test_seeds_that_learned_nothing_still_have_a_summary(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "wild", "--seeds", "2", "--lr", "1e3", "--clip-norm", "1e9"])
+    train.main([*flags, "--run-name", "tame", "--seeds", "2"])
+    compare.main(["wild", "tame"])
+    assert tracker.find_run("wild").info.status == "FINISHED"
 
 
 def test_a_group_cannot_be_resumed_as_one(tracker: Tracker, flags: list[str]) -> None:
