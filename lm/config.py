@@ -242,7 +242,7 @@ PRESETS: dict[str, dict[str, Scalar]] = {
     "reference": {},
     "best": {
         "seq_len": 256, "batch_size": 8, "epochs": 3, "optimizer": "muon", "lr": 2e-3, "schedule": "cosine",
-        "warmup_steps": 100, "weight_decay": 0.1, "clip_norm": 1.0, "dropout": 0.2, "norm": "pre", "activation": "gelu",
+        "warmup_steps": 100, "weight_decay": 0.1, "clip_norm": 1.0, "dropout": 0.1, "norm": "pre", "activation": "gelu",
         "positions": "rotary", "tie_embeddings": True,
     },
     "tiny": {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 256, "tie_embeddings": True, "lr": 1e-3},
