@@ -9,6 +9,7 @@ A run is named by its id or its name; the name given to `train.py --seeds` stand
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from lm.errors import UserError
 
 if TYPE_CHECKING:
     from experiments.scores import Difference, Side
-    from experiments.tracking import Tracker
+    from experiments.tracking import MlflowRun, Tracker
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments.tracking import Tracker
 
     tracker = Tracker(Settings.load())
-    if len({tracker.find_run(name).info.run_id for name in args.runs}) == 1:
+    found = [tracker.find_run(name) for name in args.runs]
+    if found[0].info.run_id == found[1].info.run_id:
         raise UserError(f"a comparison needs two runs: got {args.runs[0]} twice. Try another run.")
-    a, b = (_side(tracker, name, args.split) for name in args.runs)
+    a, b = (_side(tracker, name, run, args.split) for name, run in zip(args.runs, found, strict=True))
     print(describe(a, b, scores.compare(a, b), f"{args.split}, all records"))
     records = a.sheets[0].records
     if (records["copied"] | records["shared"]).all():
@@ -45,11 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("One seed a side, and another seed moves each as well: try train.py --seeds 5 for both.")
 
 
-def _side(tracker: Tracker, name: str, split: str) -> Side:
+def _side(tracker: Tracker, name: str, found: MlflowRun, split: str) -> Side:
     """The score sheets of a run, or of each run of a group."""
     from experiments.scores import Sheet, Side
 
-    found = tracker.find_run(name)
     members = tracker.runs_of_group(found.info.run_id) if found.data.tags.get("lm.kind") == "seeds" else [found]
     wanted = int(found.data.params.get("seeds", 1))
     epochs = {member.data.tags.get("lm.epochs") for member in members}
@@ -84,8 +85,9 @@ def describe(a: Side, b: Side, found: Difference, what: str) -> str:
     def side(name: str, means: list[float]) -> str:
         shown = [math.exp(min(x, 700)) if found.unit == "token" else x / math.log(2) for x in means]
         mean = sum(shown) / len(shown)
-        sd = math.sqrt(sum((x - mean) ** 2 for x in shown) / (len(shown) - 1)) if len(shown) > 1 else 0.0
-        spread = f" +- {sd:.3f} (standard deviation of {len(shown)} seeds)" if len(shown) > 1 else ""
+        spread = (
+            f" +- {statistics.stdev(shown):.3f} (standard deviation of {len(shown)} seeds)" if len(shown) > 1 else ""
+        )
         return f"{name}: {unit} {mean:.3f}{spread}"
 
     better, worse, sign = (b.name, a.name, 1) if found.less > 0 else (a.name, b.name, -1)

@@ -130,7 +130,7 @@ def train_cell(cell: Cell, config: Config, text: Text, n_windows: int, tracker: 
     with tracker.run(f"leak study: {cell.name}", {"lm.kind": "leak_study", "lm.cell": cell.name}) as run:
         run.log_params({**config.flat(), "windows": n_windows, "cell": cell.name})
         run.log_corpus(text.corpus)
-        runs.audit_run(run, model, train_windows, validation_windows, text, config, allow_leak=True, paths=paths)
+        runs.audit_run(run, model, text, config, True, (train_windows, validation_windows), paths)
         outcome = Outcome(cell, [], run.tags()["lm.audit"])
         print(f"\n{cell.name}\n  audit: {outcome.findings}", flush=True)
         for report in train.fit(state, train_windows, validation_windows, config.train, cli.is_terminal()):
@@ -203,7 +203,6 @@ def build(cell: Cell, config: Config, vocab_size: int) -> Decoder:
 def conclude(outcomes: Sequence[Outcome], config: Config, text: Text, n_windows: int, tracker: Tracker) -> None:
     """Print the table and what it says, write the page, and log it to a run that sums the study up."""
     from experiments import plots
-    from experiments import run as runs
 
     header = ["cell", "epoch 1", f"epoch {config.train.epochs}", "caught", "what the audits found"]
     rows = [
@@ -230,7 +229,7 @@ def conclude(outcomes: Sequence[Outcome], config: Config, text: Text, n_windows:
         return abs(math.log(o.perplexities[0] / first)) + abs(math.log(o.perplexities[-1] / last))
 
     nearest = min(outcomes, key=distance)
-    baseline = runs.baseline_figures(text)["baseline_perplexity"]
+    baseline = text.baseline["baseline_perplexity"]
     says = (
         f"Nearest by ratio to the published {first} after one epoch and {last} at the end comes '{nearest.cell.name}': "
         f"{nearest.perplexities[0]:.2f} and {nearest.perplexities[-1]:.2f}. "

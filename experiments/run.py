@@ -40,6 +40,30 @@ class Text:
         """Of the tokens: text and vocabulary. Perplexities compare where this is equal."""
         return hashlib.sha256(f"{self.corpus.digest} {self.tokens.vocab.to_json()}".encode()).hexdigest()
 
+    @cached_property
+    def baseline(self) -> dict[str, float]:
+        """`figures` of the n-gram model: `baseline_perplexity` on validation, `baseline_test_perplexity`, and so on."""
+        made: dict[str, float] = {}
+        for split, name in (("validation", "baseline"), ("test", "baseline_test")):
+            if len(self.tokens.baseline_nats[split]):
+                made |= figures(self, split, Scores(self.tokens.baseline_nats[split]), name)
+        return made
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """How much of validation and test is unknown words, and how much of it stands in train."""
+        made: dict[str, float] = {}
+        for split in ("validation", "test"):
+            table = self.tokens.records[split]
+            if len(table):
+                made |= {
+                    f"{split}_unknown_share": float(np.mean(self.tokens.ids[split] == self.tokens.vocab.unk_id)),
+                    f"{split}_answers_in_train_share": float(table["copied"].mean()),
+                    f"{split}_runs_in_train_share": float(table["shared"].mean()),
+                    f"{split}_clean_share": float(self.tokens.clean(split).mean()),
+                }
+        return made
+
 
 def read_text(config: DataConfig, settings: Settings) -> Text:
     """Read and tokenise the corpus, from the cache where it is there."""
@@ -161,23 +185,18 @@ def train_and_log(
     vocab = text.tokens.vocab
     is_new = state is None
 
-    def audit_model(model: Decoder, paths: Sequence[str] = tuple(audit.PATHS)) -> None:
-        audit_run(run, model, windows["train"], windows["validation"], text, config, allow_leak, paths)
-
     if state is None:
         runtime.seed_everything(config.train.seed)
         try:
             state = TrainState.new(config, len(vocab), device)
         except RuntimeError as e:
             raise MemoryError(f"the model must fit into memory: got {str(e).splitlines()[0][:120]}") from e
-    if is_new:
         run.log_params({**config.flat(), "vocab_size": len(vocab), "n_parameters": state.model.n_parameters()})
+        run.log_params({**text.shares, **text.baseline})  # facts of the text, which would crowd the charts
         run.log_corpus(text.corpus)
-    audit_model(state.model)
+    audit_run(run, state.model, text, config, allow_leak, (windows["train"], windows["validation"]))
     if is_new:
-        baseline = baseline_figures(text)
-        run.log_params({**text_figures(text), **baseline})  # facts of the text, which would crowd the charts
-        run.log_metrics({"baseline_perplexity": baseline["baseline_perplexity"]}, step=0)
+        run.log_metrics({"baseline_perplexity": text.baseline["baseline_perplexity"]}, step=0)
     run.log_tags(
         {
             "lm.device": machine(config),
@@ -189,7 +208,8 @@ def train_and_log(
 
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
         if report.is_best:
-            audit_model(state.model, ["evaluation"])  # before its figures are logged: a leak may be learned
+            # Before its figures are logged: a leak may be learned.
+            audit_run(run, state.model, text, config, allow_leak, paths=["evaluation"])
         run.log_epoch(report, figures(text, "validation", report.scores))
         title = f"{run.name}, epoch {report.epoch}: attention on validation text"
         shown = attention.attention_map(state.model, vocab, probe)
@@ -213,7 +233,7 @@ def train_and_log(
     if run.tags().get("lm.model_epoch") != str(state.best_epoch):
         folder = run.fetch_checkpoint("best")
         best = checkpoint.load(folder, device).state.model
-        audit_model(best)
+        audit_run(run, best, text, config, allow_leak)
         if run.leaks:
             return  # it has checkpoints, and no model that could be registered
         measured = measure(run, text, config, "validation", "window", progress)
@@ -226,30 +246,32 @@ def train_and_log(
 def audit_run(
     run: TrackedRun,
     model: Decoder,
-    train_windows: data.Windows,
-    validation_windows: data.Windows,
     text: Text,
     config: Config,
     allow_leak: bool,
+    windows: tuple[data.Windows, data.Windows] | None = None,
     paths: Sequence[str] = tuple(audit.PATHS),
 ) -> None:
-    """Audit some paths of the model, and its windows, and tag the run with the outcome.
+    """Audit some paths of the model, and where given its windows of train and validation; tag the run with the outcome.
 
     Raises:
         LeakError: there are findings, and `allow_leak` is not given.
     """
     precision = runtime.resolve_precision(config.train.precision, model.device)
-    findings = [
-        *audit.causality(model, len(text.tokens.vocab), precision, paths={name: audit.PATHS[name] for name in paths}),
-        *audit.alignment(train_windows, "train"),
-        *audit.alignment(validation_windows, "validation"),
-        *audit.separation(train_windows, validation_windows),
-    ]
-    run.log_tags({"lm.audit": "; ".join(findings) or "passed"})
+    chosen = {name: audit.PATHS[name] for name in paths}
+    findings = audit.causality(model, len(text.tokens.vocab), precision, paths=chosen)
+    if windows is not None:
+        train_windows, validation_windows = windows
+        findings += audit.alignment(train_windows, "train")
+        findings += audit.alignment(validation_windows, "validation")
+        findings += audit.separation(train_windows, validation_windows)
     if findings:
+        run.log_tags({"lm.audit": "; ".join(findings)})
         run.mark_leaking(findings)
         if not allow_leak:
             audit.require(findings)
+    elif not run.leaks:  # an audit of fewer paths does not clear a run that was found to leak
+        run.log_tags({"lm.audit": "passed"})
 
 
 def figures(text: Text, split: str, scores: Scores, name: str | None = None) -> dict[str, float]:
@@ -272,33 +294,9 @@ def figures(text: Text, split: str, scores: Scores, name: str | None = None) -> 
     return made
 
 
-def baseline_figures(text: Text) -> dict[str, float]:
-    """The same figures of the n-gram model: `baseline_perplexity` on validation, `baseline_test_perplexity`."""
-    made: dict[str, float] = {}
-    for split, name in (("validation", "baseline"), ("test", "baseline_test")):
-        if len(text.tokens.baseline_nats[split]):
-            made |= figures(text, split, Scores(text.tokens.baseline_nats[split]), name)
-    return made
-
-
-def text_figures(text: Text) -> dict[str, float]:
-    """How much of validation and test is unknown words, and how much of it stands in train, as shares."""
-    made: dict[str, float] = {}
-    for split in ("validation", "test"):
-        table = text.tokens.records[split]
-        if len(table):
-            made |= {
-                f"{split}_unknown_share": float(np.mean(text.tokens.ids[split] == text.tokens.vocab.unk_id)),
-                f"{split}_answers_in_train_share": float(table["copied"].mean()),
-                f"{split}_runs_in_train_share": float(table["shared"].mean()),
-                f"{split}_clean_share": float(text.tokens.clean(split).mean()),
-            }
-    return made
-
-
 def describe(text: Text) -> str:
     """Two lines: what of the validation text is unknown or in train already, and the baseline on it."""
-    shares, baseline = text_figures(text), baseline_figures(text)
+    shares, baseline = text.shares, text.baseline
     clean = baseline.get("baseline_clean_perplexity")
     on_clean = f"{clean:.2f} on clean records" if clean else "there is no clean record"
     return (

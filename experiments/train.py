@@ -53,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.config_of(args)
     if args.seeds < 1:
         raise UserError(f"seeds must be at least 1: got {args.seeds}. Try --seeds 5.")
-    config.override(
-        {"seed": config.train.seed + args.seeds - 1}
-    )  # the last seed is checked before the first is trained
+    # The last seed is checked before the first is trained.
+    config.override({"seed": config.train.seed + args.seeds - 1})
     if args.resume is not None and (args.preset or args.run_name or args.seeds > 1):
         raise UserError("a resumed run must keep its preset, name and seed: got one of them. Try --resume alone.")
 
@@ -105,12 +104,12 @@ def _train(
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
         contexts = ("window",) if args.context == "window" else ("window", "sliding")
-        found, baseline = dict[str, float](), runs.baseline_figures(text)
+        found: dict[str, float] = {}
         for context, split in itertools.product(contexts, ("validation", "test")):
             if made := runs.measure(run, text, config, split, context, progress):
                 name = split if context == "window" else f"{context}_{split}"
                 warning = "LEAKING, worth nothing: " if run.leaks else ""
-                words = runs.against_baseline(made, name, baseline)
+                words = runs.against_baseline(made, name, text.baseline)
                 print(f"{warning}{name.replace('_', ' ')}, best checkpoint: {words}", flush=True)
                 found |= made
     print(f"run {run.name} ({run.id}) is finished")
@@ -135,10 +134,8 @@ def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Na
         for key in _SUMMED_UP:
             values = [figures[key] for figures in found if key in figures]
             if len(values) == args.seeds:
-                mean, sd = (
-                    float(np.mean(values)),
-                    float(np.std(values, ddof=1)) if np.isfinite(values).all() else np.inf,
-                )
+                mean = float(np.mean(values))
+                sd = float(np.std(values, ddof=1)) if np.isfinite(mean) else np.inf
                 name = f"best_{key}" if key.startswith("validation") else key
                 summary.log_metrics({name: mean, f"{name}_sd": sd}, step=args.seeds)
                 print(

@@ -192,9 +192,8 @@ class Decoder(nn.Module):
         if shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(shape.seq_len, shape.d_model) * 0.02)
         else:
-            table = rotary_angles(shape.seq_len, shape.d_model // shape.n_heads) if self.rotary else None
-            if table is None:
-                table = sinusoidal_positions(shape.seq_len, shape.d_model)
+            width = shape.d_model // shape.n_heads if self.rotary else shape.d_model
+            table = (rotary_angles if self.rotary else sinusoidal_positions)(shape.seq_len, width)
             self.register_buffer("positions", table, persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.n_layers))
         self.final_norm = nn.LayerNorm(shape.d_model) if shape.norm == "pre" else nn.Identity()

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from lm.checkpoint import TrainState
 from lm.config import Config
 from lm.corpus import load_corpus
 from lm.data import TokenizedCorpus
+
+if TYPE_CHECKING:
+    from experiments.tracking import Tracker
 
 TOY: dict[str, int | float | str | bool] = {
     "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "seq_len": 8, "epochs": 2, "lr": 1e-2,
@@ -110,6 +114,21 @@ def lab(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "lm")
     monkeypatch.setenv("LM_MLRUNS_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def tracker(lab: Path) -> Tracker:
+    """The empty laboratory's store."""
+    from experiments.settings import Settings
+    from experiments.tracking import Tracker
+
+    return Tracker(Settings.load())
+
+
+@pytest.fixture
+def flags(toy_csv: Path) -> list[str]:
+    """The toy model on the toy text, as a program takes them."""
+    return [*TOY_FLAGS, "--corpus", str(toy_csv)]
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,11 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from experiments import export
-from experiments.settings import Settings
 from experiments.tracking import Tracker
 from lm import checkpoint
 from lm.checkpoint import TrainState
 from lm.config import Config
 from lm.data import TokenizedCorpus
-
-
-@pytest.fixture
-def tracker(lab: Path) -> Tracker:
-    return Tracker(Settings.load())
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import torch
 
 from experiments import compare, leak_study, train, tune
 from experiments import run as runs
-from experiments.settings import Settings
 from experiments.tracking import Tracker
 from lm import data, model
 from lm.checkpoint import TrainState
@@ -17,16 +16,6 @@ from lm.config import Config
 from lm.errors import DivergedError, LeakError, UserError
 from lm.vocab import Vocab
 from tests.conftest import TOY_FLAGS
-
-
-@pytest.fixture
-def tracker(lab: Path) -> Tracker:
-    return Tracker(Settings.load())
-
-
-@pytest.fixture
-def flags(toy_csv: Path) -> list[str]:
-    return [*TOY_FLAGS, "--corpus", str(toy_csv)]
 
 
 @pytest.fixture

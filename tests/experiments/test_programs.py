@@ -18,19 +18,8 @@ from experiments import study as studies
 from experiments.settings import Settings
 from experiments.tracking import Tracker
 from lm.errors import DivergedError, UserError
-from tests.conftest import TOY_FLAGS
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def tracker(lab: Path) -> Tracker:
-    return Tracker(Settings.load())
-
-
-@pytest.fixture
-def flags(toy_csv: Path) -> list[str]:
-    return [*TOY_FLAGS, "--corpus", str(toy_csv)]
 
 
 def perplexities(tracker: Tracker, run_id: str) -> list[tuple[int, float]]:

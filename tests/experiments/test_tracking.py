@@ -13,11 +13,6 @@ from lm.evaluate import Evaluation
 from lm.train import EpochReport
 
 
-@pytest.fixture
-def tracker(lab: Path) -> Tracker:
-    return Tracker(Settings.load())
-
-
 def report(epoch: int) -> EpochReport:
     e = Evaluation(20.0, 10)
     return EpochReport(epoch, 7 * epoch, e, e, True, 2.0, 1e-3, 0.4, 0.25, 1000.0, 1.5)
