@@ -32,7 +32,7 @@ from lm.vocab import Vocab
 BASELINE_ORDER = 5
 """Order of the n-gram model that every run is held against."""
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 _RECORD = np.dtype(
     [("tokens", "i8"), ("bytes", "i8"), ("written_nats", "f8"), ("group", "i8"), ("copied", "?"), ("shared", "?")]
 )

@@ -9,16 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from lm.corpus import Corpus
-from lm.vocab import WORD_PATTERN
 
 RUN = 13
-"""Words in a row that two texts share by copying rather than by chance (Brown et al. 2020, appendix C)."""
+"""Words in a row that two texts share by copying rather than by chance.
 
-_WORDS = re.compile(WORD_PATTERN)
+Brown et al. 2020, appendix C, whose count leaves out punctuation and case, as here.
+"""
+
+_WORDS = re.compile(r"\w+(?:'\w+)*")
 
 
 def in_train(corpus: Corpus, split: str) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which records of a split have their answer in train, and which any run of 13 words; case does not count.
+    """Which records of a split have their answer in train, and which any run of 13 words.
+
+    Case and punctuation do not count in runs, case alone in answers.
 
     Returns:
         two arrays [records]. A record is clean where both are False.

@@ -26,6 +26,14 @@ def test_thirteen_words_in_a_row_are_found_and_twelve_are_not() -> None:
     assert shared.tolist() == [True, False, False]
 
 
+def test_words_of_other_scripts_are_whole_words_and_punctuation_is_none() -> None:
+    greek = "ένα δύο τρία τέσσερα πέντε έξι επτά οκτώ εννέα δέκα έντεκα δώδεκα"
+    made = corpus([("a", f"{greek} δεκατρία"), ("b", greek), ("c", LONG.replace(" ", ", "))])
+    made.splits["train"].append(Record("μέτρα", f"μέτρα: {greek}, δεκατρία!", "δεκατρία"))
+    _, shared = in_train(made, "validation")
+    assert shared.tolist() == [True, False, True]
+
+
 def test_a_run_does_not_reach_over_the_end_of_a_record() -> None:
     _, shared = in_train(corpus([("x", f"y {LONG[:40]}"), ("z", LONG[40:])]), "validation")
     assert not shared.any()
