@@ -72,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", type=int, nargs="+", metavar="N", help="only these cells, by number (default: all)")
     cli.add_config_flags(parser, **_QUICK)
     args = parser.parse(argv)
-    config = cli.config_of(args, **({} if args.full else _QUICK))
-    config = config.override({"patience": 0})
+    config = cli.config_of(args, **({} if args.full or args.preset else _QUICK))
+    if config.train.patience:
+        raise UserError(f"each cell must train equally long: got --patience {config.train.patience}. Try --patience 0.")
     wanted = sorted(set(args.cells or range(1, len(CELLS) + 1)))
     if not set(wanted) <= set(range(1, len(CELLS) + 1)):
         raise UserError(f"cells must be numbers from 1 to {len(CELLS)}: got {wanted}. Try --cells 1 4.")
@@ -162,42 +163,41 @@ def cut(cell: Cell, config: Config, text: Text, n_windows: int) -> tuple[Windows
 
 
 def build(cell: Cell, config: Config, vocab_size: int) -> Decoder:
-    """The project's decoder, or torch's with a fault in it; embeddings, positions and head are the same."""
+    """The project's decoder, with torch's layers and their fault in place of its own where the cell has one."""
     from torch import Tensor, nn
 
-    from lm.model import Decoder, KVCache
+    from lm.model import Decoder
 
-    shape = config.model
+    model, shape = Decoder(config.model, vocab_size), config.model
+    if cell.network == "causal":
+        return model
+    sizes = (shape.d_model, shape.n_heads, shape.d_ff, shape.dropout, shape.activation)
+    options: dict[str, Any] = {"batch_first": True, "norm_first": shape.norm == "pre"}
 
-    class Faulty(Decoder):
-        """Its own layers are replaced by torch's; logits alone are given."""
+    class OpenMemory(nn.Module):
+        """The mask hides later tokens of the target; the memory, which is the input too, shows them."""
 
         def __init__(self) -> None:
-            super().__init__(shape, vocab_size)
-            self.layers = nn.ModuleList()
-            sizes = (shape.d_model, shape.n_heads, shape.d_ff, shape.dropout, shape.activation)
-            self.memory = cell.network == "memory"
-            kind = nn.TransformerDecoderLayer if self.memory else nn.TransformerEncoderLayer
-            layer: Any = kind(*sizes, batch_first=True, norm_first=shape.norm == "pre")
-            if self.memory:
-                self.body: nn.Module = nn.TransformerDecoder(layer, shape.n_layers)
-            else:
-                self.body = nn.TransformerEncoder(layer, shape.n_layers, enable_nested_tensor=False)
+            super().__init__()
+            self.body = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, **options), shape.n_layers)
 
-        def forward(
-            self,
-            ids_BT: Tensor,
-            return_attention: bool = False,
-            cache: KVCache | None = None,
-            last: int | None = None,
-        ) -> tuple[Tensor, list[Tensor]]:
-            T = ids_BT.shape[1]
-            x_BTD = self.dropout(self.embedding(ids_BT) * self.embedding_scale + self.positions[:T])
-            mask_TT = nn.Transformer.generate_square_subsequent_mask(T, device=x_BTD.device)
-            x_BTD = self.body(x_BTD, memory=x_BTD, tgt_mask=mask_TT) if self.memory else self.body(x_BTD)
-            return self.head(self.final_norm(x_BTD)), []
+        def forward(self, x_BTD: Tensor, *_: object) -> tuple[Tensor, None]:
+            mask_TT = nn.Transformer.generate_square_subsequent_mask(x_BTD.shape[1], device=x_BTD.device)
+            return self.body(x_BTD, memory=x_BTD, tgt_mask=mask_TT), None
 
-    return Decoder(shape, vocab_size) if cell.network == "causal" else Faulty()
+    class NoMask(nn.Module):
+        """Every token sees every other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(*sizes, **options)
+            self.body = nn.TransformerEncoder(layer, shape.n_layers, enable_nested_tensor=False)
+
+        def forward(self, x_BTD: Tensor, *_: object) -> tuple[Tensor, None]:
+            return self.body(x_BTD), None
+
+    model.layers = nn.ModuleList([OpenMemory() if cell.network == "memory" else NoMask()])
+    return model
 
 
 def conclude(outcomes: Sequence[Outcome], config: Config, text: Text, n_windows: int, tracker: Tracker) -> None:

@@ -278,5 +278,7 @@ def test_the_leak_study_catches_every_cell(
         leak_study.main([*flags, "--positions", "rotary"])
     with pytest.raises(UserError, match="got 0. Try --windows"):
         leak_study.main([*flags, "--windows", "0"])
+    with pytest.raises(UserError, match="each cell must train equally long: got --patience 2"):
+        leak_study.main([*flags, "--patience", "2"])
     with pytest.raises(UserError, match="cells must be numbers from 1 to 5"):
         leak_study.main([*flags, "--cells", "6"])
