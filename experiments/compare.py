@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tracker = Tracker(Settings.load())
     found = [tracker.find_run(name) for name in args.runs]
-    if found[0].info.run_id == found[1].info.run_id:
-        raise UserError(f"a comparison needs two runs: got {args.runs[0]} twice. Try another run.")
-    a, b = (_side(tracker, name, run, args.split) for name, run in zip(args.runs, found, strict=True))
+    members = [_members(tracker, run) for run in found]
+    if {run.info.run_id for run in members[0]} & {run.info.run_id for run in members[1]}:
+        raise UserError(f"a comparison needs two sides: got {args.runs[0]} on both. Try another run.")
+    a, b = (_side(tracker, *side, args.split) for side in zip(args.runs, members, strict=True))
     print(describe(a, b, scores.compare(a, b), f"{args.split}, all records"))
     records = a.sheets[0].records
     if (records["copied"] | records["shared"]).all():
@@ -47,18 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("One seed a side, and another seed moves each as well: try train.py --seeds 5 for both.")
 
 
-def _side(tracker: Tracker, name: str, found: MlflowRun, split: str) -> Side:
-    """The score sheets of a run, or of each run of a group."""
-    from experiments.scores import Sheet, Side
-
-    members = tracker.runs_of_group(found.info.run_id) if found.data.tags.get("lm.kind") == "seeds" else [found]
-    wanted = int(found.data.params.get("seeds", 1))
-    epochs = {member.data.tags.get("lm.epochs") for member in members}
-    if len(members) != wanted or len(epochs) > 1:
+def _members(tracker: Tracker, found: MlflowRun) -> list[MlflowRun]:
+    """The run, or the finished runs of a group, which must be whole."""
+    if found.data.tags.get("lm.kind") != "seeds":
+        return [found]
+    members = [run for run in tracker.runs_of_group(found.info.run_id) if run.info.status == "FINISHED"]
+    wanted, name = int(found.data.params["seeds"]), found.info.run_name
+    if len(members) != wanted or len({member.data.tags.get("lm.epochs") for member in members}) > 1:
         raise UserError(
             f"a group must be whole, with equal epochs: got {len(members)} finished of {wanted} seeds in {name}. "
-            f"Try --resume for a seed that was begun, a single run ({name}-seed0), or the group again."
+            f"Try python experiments/train.py --resume {name}, or a single run ({name}-seed0)."
         )
+    return members
+
+
+def _side(tracker: Tracker, name: str, members: Sequence[MlflowRun], split: str) -> Side:
+    """The score sheets of some runs, each of its best epoch."""
+    from experiments.scores import Sheet, Side
+
     sheets: list[Sheet] = []
     for member in members:
         run = tracker.open_run(member.info.run_id)
@@ -72,7 +79,13 @@ def _side(tracker: Tracker, name: str, found: MlflowRun, split: str) -> Side:
                 f"a run must have scores on {split} to be compared: got {run.name}, which has none. "
                 f"Try {'--split validation, or ' if split == 'test' else ''}a run that train.py finished."
             )
-        sheets.append(Sheet.read(file))
+        sheet, best = Sheet.read(file), run.fetch_artifact("scores/validation.safetensors")
+        if best is not None and Sheet.read(best).epoch != sheet.epoch:
+            raise UserError(
+                f"a run must be compared at its best epoch: got {run.name}, whose {split} scores are of epoch "
+                f"{sheet.epoch}. Try python experiments/train.py --resume {run.name}."
+            )
+        sheets.append(sheet)
     return Side(name, sheets)
 
 

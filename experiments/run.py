@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +98,16 @@ def check(text: Text, config: Config, seed_text: str | None) -> str:
     return seed_text
 
 
+def require_resumable(changes: Mapping[str, Any]) -> None:
+    """Raise UserError for a field that may not differ when a run goes on."""
+    fixed = sorted(set(changes) - _MAY_CHANGE)
+    if fixed:
+        raise UserError(
+            f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
+            "Try --epochs, --patience or --device alone, or a new run."
+        )
+
+
 def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> tuple[Config, Text, TrainState]:
     """The last checkpoint of a run, to go on with: its config, its text and its state.
 
@@ -107,19 +119,10 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
     """
     if run.is_live():
         raise UserError(f"a run must have ended to be resumed: got {run.name}, which is running. Try when it has.")
-    fixed = sorted(set(changes) - _MAY_CHANGE)
-    if fixed:
-        raise UserError(
-            f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
-            "Try --epochs, --patience or --device alone, or a new run."
-        )
+    require_resumable(changes)
     if run.tags().get("lm.kind") == "trial":
         raise UserError(
             f"a trial must stay as its study knows it: got {run.name}. Try train.py with the trial's own params."
-        )
-    if run.tags().get("lm.kind") == "seeds":
-        raise UserError(
-            f"a run to resume must be of one seed: got {run.name}, which sums up several. Try {run.name}-seed0."
         )
     folder = run.fetch_checkpoint("last")
     loaded = checkpoint.load(folder)
@@ -161,6 +164,12 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
             f"Try --patience {config.train.patience + 5}."
         )
     return config, text, loaded.state
+
+
+def has_checkpoint(run: TrackedRun) -> bool:
+    """Whether a run can be resumed: it has finished an epoch."""
+    here = checkpoint.exists(run.checkpoints / "last")
+    return here or run.fetch_artifact("checkpoints/last/config.json") is not None
 
 
 def train_and_log(
@@ -322,7 +331,10 @@ def measure(
     name = split if context == "window" else f"{context}_{split}"
     best = checkpoint.load(run.fetch_checkpoint("best"), runtime.resolve_device(config.train.device)).state
     file, done = run.fetch_artifact(f"scores/{name}.safetensors"), f"lm.{name}_epoch"
-    sheet = Sheet.read(file) if file is not None else None
+    sheet = None
+    if file is not None:
+        with contextlib.suppress(UserError):  # a damaged sheet is made again, as a missing one
+            sheet = Sheet.read(file)
     if (
         sheet is not None
         and sheet.epoch == best.epochs_done
@@ -358,7 +370,8 @@ def against_baseline(found: Mapping[str, float], name: str, baseline: Mapping[st
 def _log_sheet(run: TrackedRun, text: Text, name: str, scores: Scores, config: Config, epoch: int) -> None:
     table = text.tokens.records[name.removeprefix("sliding_")]
     columns = {column: np.ascontiguousarray(table[column]) for column in table.dtype.names or ()}
-    sheet = Sheet(scores.nats_N, columns, text.digest, text.corpus.digest, config.train.seed, epoch)
+    first_nats = math.log(len(text.tokens.vocab))
+    sheet = Sheet(scores.nats_N, columns, text.digest, text.corpus.digest, config.train.seed, epoch, first_nats)
     run.log_bytes(f"scores/{name}.safetensors", sheet.pack())
 
 

@@ -5,6 +5,7 @@ Knows neither MLflow nor training.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -24,13 +25,17 @@ LEAST_QUESTIONS = 20
 
 _DRAWS, _DRAWS_AT_ONCE = 10_000, 500
 _COLUMNS = ("tokens", "bytes", "written_nats", "group", "copied", "shared")
+_ABOUT = ("tokens_digest", "corpus_digest", "seed", "epoch", "first_nats")
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """The nats of each target [targets] of a split, and its table of records (`lm.data.TokenizedCorpus.records`)."""
+    """The nats of each target [targets] of a split, and its table of records (`lm.data.TokenizedCorpus.records`).
+
+    `first_nats` is what the first token, which is no target, costs where bytes are counted (`lm.evaluate`).
+    """
 
     nats: npt.NDArray[np.float32]
     records: dict[str, npt.NDArray[Any]]
@@ -38,15 +43,12 @@ class Sheet:
     corpus_digest: str
     seed: int
     epoch: int
+    first_nats: float
 
     def pack(self) -> bytes:
         """As one safetensors file; `Sheet.read` is the inverse."""
-        about = {
-            "tokens_digest": self.tokens_digest,
-            "corpus_digest": self.corpus_digest,
-            "seed": self.seed,
-            "epoch": self.epoch,
-        }
+        about = {name: getattr(self, name) for name in _ABOUT}
+        about["sha256"] = _sha256(self.nats, self.records)
         return save({"nats": self.nats, **self.records}, metadata={"about": json.dumps(about)})
 
     @classmethod
@@ -60,8 +62,9 @@ class Sheet:
             with safe_open(path, framework="numpy") as f:
                 about = json.loads(f.metadata()["about"])
                 records = {name: f.get_tensor(name) for name in _COLUMNS}
-                digests = (str(about["tokens_digest"]), str(about["corpus_digest"]))
-                sheet = cls(f.get_tensor("nats"), records, *digests, int(about["seed"]), int(about["epoch"]))
+                sheet = cls(f.get_tensor("nats"), records, **{name: about[name] for name in _ABOUT})
+            if _sha256(sheet.nats, records) != about["sha256"]:
+                raise ValueError("the digest is another")
             n_targets = max(0, int(records["tokens"].sum()) - 1)
             if sheet.nats.shape != (n_targets,) or len({column.shape for column in records.values()}) > 1:
                 raise ValueError("lengths do not fit")
@@ -78,6 +81,13 @@ class Sheet:
         ends = np.cumsum(self.records["tokens"]) - 1
         before = np.concatenate([[0.0], np.cumsum(self.nats, dtype=np.float64)])
         return np.diff(before[np.concatenate([[0], np.maximum(ends, 0)])])
+
+
+def _sha256(nats: npt.NDArray[np.float32], records: dict[str, npt.NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for column in (nats, *(records[name] for name in _COLUMNS)):
+        digest.update(f"{column.dtype} {column.shape}".encode() + np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ def compare(a: Side, b: Side, clean: bool = False) -> Difference:
     per_byte = len({sheet.tokens_digest for sheet in sheets}) > 1
     records = sheets[0].records
     kept = ~(records["copied"] | records["shared"]) if clean else np.ones(len(records["group"]), bool)
+    kept = kept & (records["tokens"] > 0)
     if not kept.any():
         raise UserError("a comparison needs records: got no clean one. Try all records.")
     groups = np.unique(records["group"][kept], return_inverse=True)[1]
@@ -154,7 +165,11 @@ def compare(a: Side, b: Side, clean: bool = False) -> Difference:
         return np.bincount(groups, values[kept].astype(np.float64)).astype(np.float64)
 
     def paid(sheet: Sheet) -> Floats:
-        return sums(sheet.per_record() + (sheet.records["written_nats"] if per_byte else 0.0))
+        nats = sheet.per_record()
+        if per_byte:
+            nats += sheet.records["written_nats"]
+            nats[0] += sheet.first_nats
+        return sums(nats)
 
     targets = records["tokens"].copy()
     targets[0] -= 1

@@ -178,8 +178,8 @@ class Tracker:
         return TrackedRun(self.client, run, self.settings.mlruns / "work", LEAK in run.data.tags)
 
     def runs_of_group(self, group: str) -> list[MlflowRun]:
-        """Finished runs of one configuration under several seeds, by the id of the run that sums them up."""
-        query = f"tags.`lm.group` = '{group}' and attributes.status = 'FINISHED'"
+        """Runs of one configuration under several seeds, newest first, by the id of the run that sums them up."""
+        query = f"tags.`lm.group` = '{group}'"
         return list(self.client.search_runs([self.experiment_id], query, max_results=1000))
 
     def runs_of_study(self, study: str, kind: str = "trial") -> list[MlflowRun]:
@@ -266,12 +266,11 @@ class TrackedRun:
         here = _local_path(self.mlflow_run.info.artifact_uri)
         if here is not None:
             return here / path if (here / path).is_file() else None
+        if path not in {file.path for file in self.client.list_artifacts(self.id, str(Path(path).parent))}:
+            return None
         folder = self.work / self.id
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return Path(self.client.download_artifacts(self.id, path, str(folder)))
-        except (MlflowException, OSError):
-            return None
+        return Path(self.client.download_artifacts(self.id, path, str(folder)))
 
     def fetch_checkpoint(self, name: str) -> Path:
         """Local folder of a checkpoint of this run, downloaded if it is not here."""

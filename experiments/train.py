@@ -34,14 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_flags(parser)
     parser.add_argument("--run-name", help="the run's name in MLflow (default: corpus and preset)")
     parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run, by id or name, from its last epoch")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run, or group of seeds, from its last epoch")
     parser.add_argument(
         "--seeds", type=int, default=1, help="train so many times, with seeds from --seed on (default: 1)"
     )
     parser.add_argument(
         "--context",
         choices=("window", "sliding"),
-        default="window",
         help="sliding: at the end also measure each token with all the context the model takes (default: window)",
     )
     parser.add_argument(
@@ -64,21 +63,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = Settings.load()
     tracker = Tracker(settings)
-    state, run_id = None, None
-    if args.resume is not None:
-        run_id = tracker.find_run(args.resume).info.run_id
-        config, text, state = runs.resume(tracker.open_run(run_id), cli.given(args), settings)
-    else:
+    found = tracker.find_run(args.resume) if args.resume is not None else None
+    state, changes = None, cli.given(args)
+    if found is None:
         text = runs.read_text(config.data, settings)
+    else:
+        args.run_name = found.info.run_name
+        args.seed_text = args.seed_text or found.data.tags.get("lm.seed_text")
+        args.context = args.context or found.data.tags.get("lm.context")
+        args.seeds = int(found.data.params.get("seeds", 1))
+        if found.data.tags.get("lm.kind") == "seeds":
+            runs.require_resumable(changes)
+            if "lm.epochs" not in found.data.tags:
+                raise UserError(f"a group must have begun to be resumed: got {args.run_name}. Try its command again.")
+            logged = {**found.data.params, "epochs": found.data.tags["lm.epochs"]}
+            config = Config.from_text(logged).override(changes)
+            text = runs.read_text(config.data, settings)
+        else:
+            config, text, state = runs.resume(tracker.open_run(found.info.run_id), changes, settings)
     print(text.corpus.describe())
     args.seed_text = runs.check(text, config, args.seed_text)
+    args.context = args.context or "window"
     print(runs.describe(text))
     print(f"on {runs.machine(config)}", flush=True)
     args.run_name = args.run_name or f"{text.corpus.name}-{args.preset or 'reference'}"
+    run_id = found.info.run_id if found else None
     if args.seeds == 1:
-        run, _ = _train(tracker, config, text, args, {}, run_id, state)
+        run, _ = _train(tracker, config, text, args, args.run_name, {}, run_id, state)
+        if group := run.tags().get("lm.group"):
+            print(f"Its group is summed up again by: python experiments/train.py --resume {group}")
     else:
-        run = _train_seeds(tracker, config, text, args)
+        run = _train_seeds(tracker, config, text, args, run_id)
     print(f"Next: python experiments/ui.py, which opens {tracker.run_link(tracker.ui_address(), run.id)}")
     print(f"or:   python experiments/compare.py {run.name} ANOTHER_RUN")
 
@@ -88,6 +103,7 @@ def _train(
     config: Config,
     text: Text,
     args: argparse.Namespace,
+    name: str,
     tags: dict[str, str],
     run_id: str | None = None,
     state: TrainState | None = None,
@@ -95,54 +111,86 @@ def _train(
     """One run from start, or from `state`, to the figures of its best checkpoint."""
     from experiments import run as runs
 
-    preset, name = args.preset or "reference", args.run_name
-    if args.seeds > 1:
-        name += f"-seed{config.train.seed}"
-    with tracker.run(name, {"lm.kind": "train", "lm.preset": preset, **tags}, run_id) as run:
-        progress = cli.is_terminal()
-        reports = runs.train_and_log(config, text, run, args.seed_text, state, progress, args.allow_leak)
+    tags = {"lm.kind": "train", "lm.preset": args.preset or "reference", **tags}
+    with tracker.run(name, tags, run_id) as run:
+        run.log_tags({"lm.context": args.context, "lm.seed_text": args.seed_text})
+        reports = runs.train_and_log(config, text, run, args.seed_text, state, cli.is_terminal(), args.allow_leak)
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
-        contexts = ("window",) if args.context == "window" else ("window", "sliding")
-        found: dict[str, float] = {}
-        for context, split in itertools.product(contexts, ("validation", "test")):
-            if made := runs.measure(run, text, config, split, context, progress):
-                name = split if context == "window" else f"{context}_{split}"
-                warning = "LEAKING, worth nothing: " if run.leaks else ""
-                words = runs.against_baseline(made, name, text.baseline)
-                print(f"{warning}{name.replace('_', ' ')}, best checkpoint: {words}", flush=True)
-                found |= made
+        found = _measure(run, config, text, args)
     print(f"run {run.name} ({run.id}) is finished")
     return run, found
 
 
-def _train_seeds(tracker: Tracker, config: Config, text: Text, args: argparse.Namespace) -> TrackedRun:
+def _measure(run: TrackedRun, config: Config, text: Text, args: argparse.Namespace) -> dict[str, float]:
+    """The figures of a run's best checkpoint, printed a line a split."""
+    from experiments import run as runs
+
+    contexts = ("window",) if args.context == "window" else ("window", "sliding")
+    found: dict[str, float] = {}
+    for context, split in itertools.product(contexts, ("validation", "test")):
+        if made := runs.measure(run, text, config, split, context, cli.is_terminal()):
+            name = split if context == "window" else f"{context}_{split}"
+            warning = "LEAKING, worth nothing: " if run.leaks else ""
+            words = runs.against_baseline(made, name, text.baseline)
+            print(f"{warning}{name.replace('_', ' ')}, best checkpoint: {words}", flush=True)
+            found |= made
+    return found
+
+
+def _train_seeds(
+    tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary_id: str | None
+) -> TrackedRun:
     """A run for each seed and one that sums them up, which is returned; its figures are means of best epochs."""
     import numpy as np
 
     tags = {"lm.kind": "seeds", "lm.preset": args.preset or "reference"}
-    with tracker.run(args.run_name, tags) as summary:
-        summary.log_params({**config.flat(), "seeds": args.seeds})
+    with tracker.run(args.run_name, tags, summary_id) as summary:
+        if summary_id is None:
+            summary.log_params({**config.flat(), "seeds": args.seeds})
+        settings = {"lm.epochs": config.train.epochs, "lm.context": args.context, "lm.seed_text": args.seed_text}
+        summary.log_tags(settings)
         found: list[dict[str, float]] = []
         for i in range(args.seeds):
             seed = config.train.seed + i
             print(f"seed {seed} ({i + 1}/{args.seeds})", flush=True)
-            run, figures = _train(tracker, config.override({"seed": seed}), text, args, {"lm.group": summary.id})
+            run, figures = _train_member(tracker, config.override({"seed": seed}), text, args, summary)
             if run.leaks:
                 summary.mark_leaking([run.tags()["lm.audit"]])
             found.append(figures)
+        logged = summary.metrics()
         for key in _SUMMED_UP:
             values = [figures[key] for figures in found if key in figures]
             if len(values) == args.seeds:
                 mean = float(np.mean(values))
                 sd = float(np.std(values, ddof=1)) if np.isfinite(mean) else np.inf
                 name = f"best_{key}" if key.startswith("validation") else key
-                summary.log_metrics({name: mean, f"{name}_sd": sd}, step=args.seeds)
+                if logged.get(summary.metric_name(name)) != mean:
+                    summary.log_metrics({name: mean, f"{name}_sd": sd}, step=config.train.epochs)
                 print(
                     f"{'LEAKING, worth nothing: ' if summary.leaks else ''}{key.replace('_', ' ')}: "
                     f"{mean:.3f}, standard deviation {sd:.3f} over {args.seeds} seeds"
                 )
     return summary
+
+
+def _train_member(
+    tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary: TrackedRun
+) -> tuple[TrackedRun, dict[str, float]]:
+    """One seed of a group: trained, gone on with where it was begun, or only measured where it is done."""
+    from experiments import run as runs
+
+    name = f"{args.run_name}-seed{config.train.seed}"
+    members = [m for m in tracker.runs_of_group(summary.id) if m.data.params.get("seed") == str(config.train.seed)]
+    for member in sorted(members, key=lambda m: m.info.status != "FINISHED"):
+        run = tracker.open_run(member.info.run_id)
+        if (member.info.status, member.data.tags.get("lm.epochs")) == ("FINISHED", str(config.train.epochs)):
+            return run, _measure(run, config, text, args)
+        if runs.has_checkpoint(run):
+            changes = {**cli.given(args), "epochs": config.train.epochs}
+            config, text, state = runs.resume(run, changes, tracker.settings)
+            return _train(tracker, config, text, args, name, {}, run.id, state)
+    return _train(tracker, config, text, args, name, {"lm.group": summary.id})
 
 
 if __name__ == "__main__":

@@ -109,6 +109,11 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint to load, damaged or not."""
+    return folder.exists() or _retired(folder).exists()
+
+
 def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     """Read a checkpoint and check weights, moments and vocabulary against their digests.
 

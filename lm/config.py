@@ -211,6 +211,21 @@ class Config:
         data, model, train = cast(tuple[DataConfig, ModelConfig, TrainConfig], tuple(parts))
         return cls(data=data, model=model, train=train)
 
+    @classmethod
+    def from_text(cls, texts: Mapping[str, str]) -> Config:
+        """Build from fields as `str` writes them, MLflow's params for one; names that no section has are left out.
+
+        Raises:
+            UserError: a text that is no value of its field, or a value against its rule.
+        """
+        kinds = {f.name: type(f.default) for section in SECTIONS for f in fields(section)}
+        try:
+            return cls.from_flat(
+                {n: t == "True" if kinds[n] is bool else kinds[n](t) for n, t in texts.items() if n in kinds}
+            )
+        except ValueError as e:
+            raise UserError(f"a logged config must be as it was written: got {e}. Try another run.") from e
+
     def override(self, changes: Mapping[str, Any]) -> Config:
         """A copy with some fields changed, checked again."""
         refuse_unknown(changes)

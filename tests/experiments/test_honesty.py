@@ -1,7 +1,9 @@
 """Leaks, error bars and comparisons, as a person meets them in the programs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from experiments import compare, leak_study, train, tune
 from experiments import run as runs
+from experiments.scores import Sheet
 from experiments.tracking import Tracker
 from lm import data, model
 from lm.checkpoint import TrainState
@@ -199,6 +202,8 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     printed = capsys.readouterr().out
     assert "Too few questions to tell: they weigh as 8.0, 20 are needed." in printed
     assert "One seed a side" in printed
+    with pytest.raises(UserError, match="a comparison needs two sides: got few on both"):
+        compare.main(["few", "few-seed0"])
     tracker.client.set_terminated(members[0].info.run_id, "KILLED")
     with pytest.raises(UserError, match="a group must be whole, with equal epochs: got 2 finished of 3 seeds in few"):
         compare.main(["few", "many"])
@@ -236,10 +241,70 @@ def test_seeds_that_learned_nothing_still_have_a_summary(tracker: Tracker, flags
     assert tracker.find_run("wild").info.status == "FINISHED"
 
 
-def test_a_group_cannot_be_resumed_as_one(tracker: Tracker, flags: list[str]) -> None:
-    train.main([*flags, "--run-name", "pair", "--seeds", "2"])
-    with pytest.raises(UserError, match="a run to resume must be of one seed: got pair.*Try pair-seed0"):
-        train.main(["--resume", "pair"])
+def test_a_killed_group_is_completed_and_a_finished_one_prolonged(
+    tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving, saved = runs.checkpoint.save, list[int]()
+
+    def die_in_the_second_seed(folder: Path, config: Config, *a: Any, **k: Any) -> None:
+        saving(folder, config, *a, **k)
+        saved.append(config.train.seed)
+        if saved.count(1) == 2:
+            raise KeyboardInterrupt
+
+    flags += ["--seed-text", "does the newt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.checkpoint, "save", die_in_the_second_seed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*flags, "--run-name", "trio", "--seeds", "3", "--context", "sliding"])
+    group = tracker.find_run("trio").info.run_id
+    before = {run.info.run_id for run in tracker.runs_of_group(group)}
+    assert len(before) == 2
+    train.main(["--resume", "trio"])
+    members = tracker.runs_of_group(group)
+    assert len(members) == 3
+    assert before < {run.info.run_id for run in members}
+    assert {run.info.status for run in members} == {"FINISHED"}
+    for run in members:
+        steps = [p.step for p in tracker.client.get_metric_history(run.info.run_id, "validation_perplexity")]
+        assert steps == [1, 2]
+        assert run.data.tags["lm.seed_text"] == "does the newt"
+        assert run.data.metrics["sliding_test_perplexity"] > 0
+    train.main([*flags, "--run-name", "whole", "--seeds", "3", "--context", "sliding"])
+    mended, whole = (tracker.find_run(name).data.metrics for name in ("trio", "whole"))
+    assert {k: v for k, v in mended.items() if "seconds" not in k} == pytest.approx(whole)
+
+    train.main(["--resume", "trio-seed1", "--epochs", "3"])
+    assert f"train.py --resume {group}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a group must be whole, with equal epochs.*train.py --resume trio"):
+        compare.main(["trio", "whole"])
+    train.main(["--resume", "trio", "--epochs", "3"])
+    figures = [run.data.metrics["best_validation_perplexity"] for run in tracker.runs_of_group(group)]
+    assert tracker.find_run("trio").data.metrics["best_validation_perplexity"] == pytest.approx(np.mean(figures))
+    with pytest.raises(UserError, match="a resumed run must keep its config: got --lr"):
+        train.main(["--resume", "trio", "--lr", "1"])
+
+
+def test_a_damaged_sheet_is_made_again_and_an_old_one_not_compared(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "one"])
+    train.main([*flags, "--run-name", "two", "--seed", "1"])
+    run = tracker.open_run(tracker.find_run("one").info.run_id)
+    for split in ("validation", "test"):
+        sheet = run.fetch_artifact(f"scores/{split}.safetensors")
+        assert sheet is not None
+        made = sheet.read_bytes()
+        sheet.write_bytes(made[:100])
+        with pytest.raises(UserError, match="a score sheet must be as it was written"):
+            compare.main(["one", "two", "--split", split])
+        tracker.client.set_terminated(run.id, "KILLED")
+        train.main(["--resume", "one"])
+        assert sheet.read_bytes() == made
+    run.log_bytes("scores/test.safetensors", replace(Sheet.read(sheet), epoch=1).pack())
+    with pytest.raises(UserError, match="compared at its best epoch: got one, whose test scores are of epoch 1"):
+        compare.main(["one", "two", "--split", "test"])
+
+
+def test_the_last_seed_is_checked_before_the_first(flags: list[str], lab: Path) -> None:
     with pytest.raises(UserError, match="seed must be below"):
         train.main([*flags, "--seed", str(2**31 - 1), "--seeds", "2"])
 
@@ -248,7 +313,7 @@ def test_a_run_without_scores_cannot_be_compared(tracker: Tracker) -> None:
     for name in ("bare", "naked"):
         with tracker.run(name, {}):
             pass
-    with pytest.raises(UserError, match="a comparison needs two runs: got bare twice"):
+    with pytest.raises(UserError, match="a comparison needs two sides: got bare on both"):
         compare.main(["bare", "bare"])
     with pytest.raises(UserError, match="a run must have scores on test to be compared: got bare, which has none"):
         compare.main(["bare", "naked", "--split", "test"])

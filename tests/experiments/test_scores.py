@@ -19,7 +19,7 @@ def sheet(shift: float = 0.0, noise: int = 0, seed: int = 0, tokens: str = "t", 
         "written_nats": np.full(N_RECORDS, 2.0), "group": np.arange(N_RECORDS) // 3,
         "copied": np.arange(N_RECORDS) % 5 == 0, "shared": np.zeros(N_RECORDS, bool),
     }  # fmt: skip
-    return Sheet((difficulty + own + shift).astype(np.float32), records, tokens, corpus, seed, epoch=2)
+    return Sheet((difficulty + own + shift).astype(np.float32), records, tokens, corpus, seed, 2, first_nats=3.0)
 
 
 def test_a_sheet_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -46,6 +46,23 @@ def test_a_sheet_whose_parts_do_not_fit_is_refused(damage: str, tmp_path: Path) 
     (tmp_path / "s.safetensors").write_bytes(made.pack())
     with pytest.raises(UserError, match="a score sheet must be as it was written: got ValueError"):
         Sheet.read(tmp_path / "s.safetensors")
+
+
+def test_a_sheet_with_a_changed_number_is_refused(tmp_path: Path) -> None:
+    packed = bytearray(sheet().pack())
+    packed[-1] ^= 1
+    (tmp_path / "s.safetensors").write_bytes(packed)
+    with pytest.raises(UserError, match="a score sheet must be as it was written: got ValueError"):
+        Sheet.read(tmp_path / "s.safetensors")
+
+
+def test_a_question_without_tokens_is_not_counted() -> None:
+    made = [sheet(noise=1), sheet(-0.2, noise=2)]
+    for one in made:
+        one.records["tokens"] = np.concatenate([one.records["tokens"], [0]])
+        for name, value in (("bytes", 1), ("written_nats", 0.0), ("group", 99), ("copied", False), ("shared", False)):
+            one.records[name] = np.concatenate([one.records[name], [value]])
+    assert compare(Side("a", [made[0]]), Side("b", [made[1]])).n_questions == 24
 
 
 def test_the_nats_of_records_sum_to_those_of_the_tokens() -> None:
@@ -120,7 +137,7 @@ def test_two_vocabularies_are_compared_by_the_byte_with_written_forms_paid() -> 
     found = compare(Side("a", [sheet()]), Side("b", [sheet(tokens="other")]))
     assert found.unit == "byte"
     assert found.a == found.b
-    assert found.a[0] == pytest.approx((sheet().nats.sum(dtype=float) + 144) / 3600)
+    assert found.a[0] == pytest.approx((sheet().nats.sum(dtype=float) + 3 + 144) / 3600)
 
 
 def test_two_texts_are_not_compared() -> None:

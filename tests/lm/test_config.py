@@ -77,3 +77,11 @@ def test_every_preset_is_a_config() -> None:
 def test_names_are_unique_over_the_sections() -> None:
     assert len(set(names())) == len(names()) == len(Config().flat())
     refuse_unknown(names())
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_params_as_text_give_the_config_back(preset: str) -> None:
+    config = Config.from_flat({**PRESETS[preset], "lr": 0.1 + 0.2})
+    assert Config.from_text({**{k: str(v) for k, v in config.flat().items()}, "vocab_size": "9"}) == config
+    with pytest.raises(UserError, match="a logged config must be as it was written: got .*'much'"):
+        Config.from_text({"lr": "much"})
