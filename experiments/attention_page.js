@@ -1,20 +1,57 @@
-const {title, tokens, epochs, shape: [nEpochs, nLayers, nHeads, n]} = payload;
+// payload: {title, texts: [{name, tokens}], epochs, layers, heads: [number of each from 0], notes,
+//   runs: [{name, verdict, weights, measured, measures: {name: [epoch][layer][head]}}]}
+// weights: gzip of fp16 [text][epoch][layer][head][lower triangle, row after row].
+const {title, texts, epochs, layers: nLayers, heads, runs, notes} = payload, nHeads = heads.length;
 const $ = id => document.getElementById(id);
-const view = {epoch: nEpochs - 1, layer: 0, head: 0, scale: "linear"};
-let packed;
-const offset = (e, l, h) => ((e * nLayers + l) * nHeads + h) * n * n;
-const weight = (e, l, h, q, k) => packed[offset(e, l, h) + q * n + k] / 255;
+const sizes = texts.map(t => t.tokens.length), triangles = sizes.map(n => n * (n + 1) / 2);
+const offsets = triangles.map((_, i) => triangles.slice(0, i).reduce((a, b) => a + b, 0) * epochs.length * nLayers * nHeads);
+const view = {text: 0, epoch: epochs.length - 1, layer: 0, head: 0, show: "weights", scale: "linear", measure: "", run: 0, theme: "auto"};
+const AVERAGE = -1;
 // Plotly reads tags and entities in labels, so a token such as <b> must arrive escaped.
 const escaped = t => t.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const halves = new Float32Array(65536);
+for (let i = 0; i < 65536; i++) {
+  const sign = i & 0x8000 ? -1 : 1, exponent = (i >> 10) & 31, fraction = i & 1023;
+  halves[i] = exponent ? sign * 2 ** (exponent - 15) * (1 + fraction / 1024) : sign * 2 ** -24 * fraction;
+}
 
-function paint(canvas, e, l, h) {
-  const context = canvas.getContext("2d"), image = context.createImageData(n, n);
-  for (let q = 0; q < n; q++) for (let k = 0; k < n; k++) {
-    const i = 4 * (q * n + k), w = k <= q ? Math.sqrt(weight(e, l, h, q, k)) : 0;
-    image.data[i] = dark ? 40 + 200 * w : 245 - 225 * w;
-    image.data[i + 1] = dark ? 46 + 160 * w : 247 - 190 * w;
-    image.data[i + 2] = dark ? 56 + 60 * w : 250 - 90 * w;
-    image.data[i + 3] = k <= q ? 255 : 0;
+function weights(run, epoch, layer, head) {
+  const n = triangles[view.text], found = new Float32Array(n);
+  const each = head === AVERAGE ? [...Array(nHeads).keys()] : [head];
+  for (const h of each) {
+    const start = offsets[view.text] + ((epoch * nLayers + layer) * nHeads + h) * n;
+    for (let i = 0; i < n; i++) found[i] += halves[runs[run].packed[start + i]] / each.length;
+  }
+  return found;
+}
+
+// What a map of a run shows: weights, or their difference from another epoch or from the first run.
+function reference(run) {
+  if (view.show === "previous") return view.epoch ? [run, view.epoch - 1] : null;
+  if (view.show.startsWith("epoch ")) return [run, +view.show.slice(6)];
+  return view.show === "runs" && run ? [0, view.epoch] : null;
+}
+function values(run, layer, head) {
+  const found = weights(run, view.epoch, layer, head), other = reference(run);
+  if (other) weights(...other, layer, head).forEach((w, i) => { found[i] -= w; });
+  return found;
+}
+
+const byTheme = (lightTo, darkTo) => dark ? [[40, 46, 56], darkTo] : [[245, 247, 250], lightTo];
+function paint(canvas, found, signed) {
+  const n = sizes[view.text], side = Math.min(n, 64), context = canvas.getContext("2d");
+  canvas.width = canvas.height = side;
+  const image = context.createImageData(side, side), strongest = new Float32Array(side * side);
+  for (let q = 0, i = 0; q < n; q++) for (let k = 0; k <= q; k++, i++) {
+    const at = Math.floor(q * side / n) * side + Math.floor(k * side / n);
+    if (Math.abs(found[i]) > Math.abs(strongest[at])) strongest[at] = found[i];
+  }
+  for (let y = 0; y < side; y++) for (let x = 0; x <= y; x++) {
+    const v = strongest[y * side + x], share = Math.sqrt(Math.min(1, Math.abs(v))), i = 4 * (y * side + x);
+    const [from, to] = !signed ? byTheme([20, 57, 160], [240, 206, 116])
+      : byTheme(v < 0 ? [20, 70, 190] : [190, 30, 40], v < 0 ? [110, 165, 255] : [255, 120, 110]);
+    for (let c = 0; c < 3; c++) image.data[i + c] = from[c] + (to[c] - from[c]) * share;
+    image.data[i + 3] = 255;
   }
   context.putImageData(image, 0, 0);
 }
@@ -22,14 +59,15 @@ function paint(canvas, e, l, h) {
 function buildGrid() {
   const grid = $("grid");
   grid.style.gridTemplateColumns = `auto repeat(${nHeads}, auto)`;
-  grid.append(document.createElement("span"));
-  for (let h = 0; h < nHeads; h++) grid.append(Object.assign(document.createElement("span"), {textContent: `head ${h + 1}`}));
+  const caption = words => grid.append(Object.assign(document.createElement("span"), {textContent: words}));
+  caption("");
+  for (let h = 0; h < nHeads; h++) caption(`head ${heads[h] + 1}`);
   for (let l = 0; l < nLayers; l++) {
-    grid.append(Object.assign(document.createElement("span"), {textContent: `layer ${l + 1}`}));
+    caption(`layer ${l + 1}`);
     for (let h = 0; h < nHeads; h++) {
       const button = document.createElement("button");
-      button.append(Object.assign(document.createElement("canvas"), {width: n, height: n}));
-      button.title = `layer ${l + 1}, head ${h + 1}`;
+      button.append(document.createElement("canvas"));
+      button.title = `layer ${l + 1}, head ${heads[h] + 1}`;
       button.dataset.layer = l; button.dataset.head = h;
       button.onclick = () => show({layer: l, head: h});
       grid.append(button);
@@ -37,60 +75,171 @@ function buildGrid() {
   }
 }
 
-function show(change) {
-  const epochChanged = "epoch" in change || !show.drawn;
-  Object.assign(view, change);
-  for (const button of $("grid").querySelectorAll("button")) {
-    const l = +button.dataset.layer, h = +button.dataset.head;
-    button.setAttribute("aria-pressed", l === view.layer && h === view.head);
-    if (epochChanged) paint(button.firstChild, view.epoch, l, h);
-  }
-  $("epoch").value = view.epoch; $("epochname").value = epochs[view.epoch];
-  $("layer").value = view.layer; $("headselect").value = view.head; $("scale").value = view.scale;
-  const log = view.scale === "log", z = [], shown = [];
-  for (let q = 0; q < n; q++) {
-    z.push([]); shown.push([]);
-    for (let k = 0; k < n; k++) {
-      const w = k <= q ? weight(view.epoch, view.layer, view.head, q, k) : null;
-      shown[q].push(w);
-      z[q].push(w === null ? null : log ? Math.log10(Math.max(w, 1 / 510)) : w);
+const pairs = new Map();
+function pairNames(text) {
+  const labels = texts[text].tokens.map(escaped);
+  if (!pairs.has(text)) pairs.set(text, labels.map(q => labels.map(k => `${q} looks at ${k}`)));
+  return pairs.get(text);
+}
+
+const headName = () => `layer ${view.layer + 1}, ` + (view.head === AVERAGE ? "average over heads" : `head ${heads[view.head] + 1}`);
+function drawHead(run) {
+  const n = sizes[view.text], found = values(run, view.layer, view.head), signed = reference(run) !== null;
+  const log = view.scale === "log" && !signed, z = [], shown = [];
+  let largest = 0;
+  for (let q = 0, i = 0; q < n; q++) {
+    z.push(Array(n).fill(null)); shown.push(Array(n).fill(null));
+    for (let k = 0; k <= q; k++, i++) {
+      shown[q][k] = found[i];
+      z[q][k] = log ? Math.log10(Math.max(found[i], 1e-4)) : found[i];
+      largest = Math.max(largest, Math.abs(found[i]));
     }
   }
-  const places = [...tokens.keys()], labels = tokens.map(escaped);
-  const axis = {tickvals: places, ticktext: labels, tickfont: {size: n > 48 ? 7 : 10}, gridcolor: "rgba(0,0,0,0)", zeroline: false};
-  Plotly.react("head", [{
-    type: "heatmap", z, customdata: shown, x: places, y: places, colorscale: dark ? "Cividis" : "YlGnBu", reversescale: !dark,
-    zmin: log ? -2.7 : 0, zmax: log ? 0 : undefined, colorbar: {title: {text: log ? "log10" : "weight"}, thickness: 12},
-    text: places.map(q => places.map(k => `${labels[q]} looks at ${labels[k]}`)),
-    hovertemplate: "%{text}<br>weight %{customdata:.3f} (± 0.002)<extra></extra>",
+  const places = [...Array(n).keys()], step = Math.ceil(n / 64);
+  const labelled = places.filter(i => i % step === 0);
+  const axis = {tickvals: labelled, ticktext: labelled.map(i => escaped(texts[view.text].tokens[i])), zeroline: false,
+    tickfont: {size: n > 40 ? 8 : 10}, gridcolor: "rgba(0,0,0,0)"};
+  const what = !signed ? "" : view.show === "runs" ? `, minus ${escaped(runs[0].name)}`
+    : `, minus epoch ${epochs[reference(run)[1]]}`;
+  const scale = signed ? {colorscale: dark ? [[0, "#6ea5ff"], [0.5, "#14171d"], [1, "#ff786e"]] : [[0, "#1446be"], [0.5, "#ffffff"], [1, "#be1e28"]],
+    zmin: -(largest || 1), zmax: largest || 1}
+    : {colorscale: dark ? "Cividis" : "YlGnBu", reversescale: !dark, zmin: log ? -4 : 0, zmax: log ? 0 : largest || 1};
+  return Plotly.react(`head${run}`, [{
+    type: "heatmap", z, customdata: shown, x: places, y: places, ...scale, text: pairNames(view.text),
+    colorbar: {title: {text: signed ? "change" : log ? "log10" : "weight"}, thickness: 12},
+    hovertemplate: `%{text}<br>${signed ? "change %{customdata:+.4f}" : "weight %{customdata:.4f}"}<extra></extra>`,
   }], {
-    ...look, margin: {l: 90, r: 10, t: 40, b: 90},
-    title: {text: `epoch ${epochs[view.epoch]}, layer ${view.layer + 1}, head ${view.head + 1}`, font: {size: 14}},
+    ...look, margin: {l: 90, r: 10, t: 46, b: 90},
+    title: {text: `${runs.length > 1 ? escaped(runs[run].name) + "<br>" : ""}epoch ${epochs[view.epoch]}, ${headName()}${what}`,
+      font: {size: 13}},
     xaxis: {...axis, tickangle: -60, title: {text: "looked at"}},
     yaxis: {...axis, autorange: "reversed", title: {text: "reading"}, scaleanchor: "x"},
   }, {displaylogo: false, responsive: true});
+}
+
+const mean = numbers => { const kept = numbers.filter(x => x !== null); return kept.length ? kept.reduce((a, b) => a + b, 0) / kept.length : null; };
+const ofHead = row => view.head === AVERAGE ? mean(row[view.layer]) : row[view.layer][view.head];
+const colours = ["#2456d6", "#d1490b", "#0b8a5f", "#8a3ffc", "#b8860b", "#c2185b"];
+function drawCurves() {
+  const name = view.measure, lines = [];
+  for (const [r, run] of runs.entries()) {
+    const rows = run.measures[name];
+    if (!rows) continue;
+    const label = runs.length > 1 ? escaped(run.name) + ", " : "", colour = dark && r === 0 ? "#7aa2ff" : colours[r % colours.length];
+    const line = (y, label, style, opacity) => lines.push({x: run.measured, y, name: label, mode: "lines+markers", opacity,
+      marker: {size: 4}, line: {color: colour, ...style}});
+    if (runs.length === 1) for (let h = 0; h < rows[0][view.layer].length; h++)
+      lines.push({x: run.measured, y: rows.map(row => row[view.layer][h]), name: `layer ${view.layer + 1}, head ${heads[h] + 1}`,
+        mode: "lines", opacity: 0.35, line: {color: dark ? "#98a2b3" : "#667085", width: 1}, showlegend: false});
+    line(rows.map(ofHead), label + headName(), {width: 2.5}, 1);
+    line(rows.map(row => mean(row.flat())), label + "all heads", {width: 2, dash: "dot"}, 0.9);
+  }
+  return Plotly.react("curves", lines, {...look, margin: {l: 50, r: 10, t: 10, b: 40}, legend: {orientation: "h", y: -0.3},
+    xaxis: {title: {text: "epoch"}, gridcolor: inks.line, zeroline: false, dtick: runs[0].measured.length > 20 ? undefined : 1}, yaxis: {title: {text: name}, gridcolor: inks.line, rangemode: "tozero"},
+  }, {displaylogo: false, responsive: true});
+}
+
+function writeFacts() {
+  const cell = (tag, words, kind) => Object.assign(document.createElement(tag), {textContent: words, className: kind || ""});
+  const table = $("facts"), line = (...cells) => { const tr = document.createElement("tr"); tr.append(...cells); table.append(tr); };
+  table.replaceChildren();
+  line(cell("th", `epoch ${epochs[view.epoch]}, ${headName()}, validation texts`, "words"), ...runs.map(run => cell("th", runs.length > 1 ? run.name : "")));
+  for (const name of Object.keys(runs[0].measures))
+    line(cell("td", name, "words"), ...runs.map(run => {
+      const row = run.measures[name]?.[run.measured.indexOf(epochs[view.epoch])], found = row ? ofHead(row) : null;
+      return cell("td", found === null ? "" : found.toFixed(3));
+    }));
+}
+
+function show(change) {
+  Object.assign(view, change);
+  if ("theme" in change) setTheme(view.theme);
+  const signed = reference(view.run) !== null;
+  for (const button of $("grid").querySelectorAll("button")) {
+    const l = +button.dataset.layer, h = +button.dataset.head;
+    button.setAttribute("aria-pressed", l === view.layer && (h === view.head || view.head === AVERAGE));
+    if (!("layer" in change || "head" in change) || !show.drawn) paint(button.firstChild, values(view.run, l, h), signed);
+  }
+  for (const [id, key] of [["text", "text"], ["epoch", "epoch"], ["layer", "layer"], ["headselect", "head"], ["show", "show"],
+    ["scale", "scale"], ["measure", "measure"], ["run", "run"], ["theme", "theme"]]) $(id).value = view[key];
+  $("epochname").value = epochs[view.epoch];
+  $("scale").disabled = reference(0) !== null;
+  runs.forEach((_, r) => drawHead(r));
+  drawCurves();
+  writeFacts();
   show.drawn = true;
   document.body.dataset.view = JSON.stringify(view);
+  try { history.replaceState(null, "", "#" + new URLSearchParams(view)); } catch { /* a sandboxed frame may not */ }
+}
+
+function fromFragment() {
+  const asked = new URLSearchParams(location.hash.slice(1)), within = {text: texts.length, epoch: epochs.length, layer: nLayers,
+    head: nHeads, run: runs.length}, found = {};
+  for (const [key, count] of Object.entries(within)) {
+    const value = parseInt(asked.get(key), 10);
+    if (value >= (key === "head" ? AVERAGE : 0) && value < count) found[key] = value;
+  }
+  for (const key of ["show", "scale", "measure", "theme"])
+    if ([...$(key).options].some(option => option.value === asked.get(key))) found[key] = asked.get(key);
+  return found;
+}
+
+let timer;
+function play() {
+  timer = timer ? clearInterval(timer) : setInterval(() => show({epoch: (view.epoch + 1) % epochs.length}), 800);
+  $("play").textContent = timer ? "stop" : "play";
 }
 
 async function start() {
   document.querySelector("h1").textContent = title;
-  packed = await unpack(payload.weights);
+  for (const run of runs) {
+    const bytes = await unpack(run.weights);
+    run.packed = new Uint16Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 2);
+    const line = document.createElement("div");
+    line.textContent = (runs.length > 1 ? `${run.name}: ` : "attention ") + run.verdict;
+    $("verdict").append(line);
+  }
+  $("notes").textContent = notes.join(" ");
   buildGrid();
-  for (const [id, count] of [["layer", nLayers], ["headselect", nHeads]])
-    for (let i = 0; i < count; i++) $(id).add(new Option(i + 1, i));
-  $("epochs").hidden = nEpochs < 2;
-  $("epoch").max = nEpochs - 1;
-  $("epoch").oninput = e => show({epoch: +e.target.value});
-  $("layer").onchange = e => show({layer: +e.target.value});
-  $("headselect").onchange = e => show({head: +e.target.value});
-  $("scale").onchange = e => show({scale: e.target.value});
-  document.addEventListener("keydown", e => {
-    if (e.target.matches("select, input")) return;
-    const step = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[e.key];
-    if (!step) return;
-    e.preventDefault();
-    show({layer: (view.layer + step[0] + nLayers) % nLayers, head: (view.head + step[1] + nHeads) % nHeads});
+  const option = (id, words, value) => $(id).add(new Option(words, value));
+  texts.forEach((t, i) => option("text", `${t.name}: ${t.tokens.slice(0, 7).join(" ").slice(0, 48)}`, i));
+  for (let l = 0; l < nLayers; l++) option("layer", l + 1, l);
+  for (let h = 0; h < nHeads; h++) option("headselect", heads[h] + 1, h);
+  if (nHeads > 1) option("headselect", "average", AVERAGE);
+  option("show", "weights", "weights");
+  if (epochs.length > 1) option("show", "change from the epoch before", "previous");
+  if (runs.length > 1) option("show", `difference from ${runs[0].name}`, "runs");
+  if (epochs.length > 1) epochs.forEach((e, i) => option("show", `change from epoch ${e}`, `epoch ${i}`));
+  Object.keys(runs[0].measures).forEach(name => option("measure", name, name));
+  view.measure = Object.keys(runs[0].measures).find(name => name === "entropy") || Object.keys(runs[0].measures)[0] || "";
+  runs.forEach((run, r) => {
+    option("run", run.name, r);
+    $("heads").append(Object.assign(document.createElement("div"), {id: `head${r}`, className: "head"}));
   });
-  show({});
+  $("gridrun").hidden = runs.length < 2;
+  $("epochs").hidden = epochs.length < 2;
+  $("epoch").max = epochs.length - 1;
+  for (const [id, key, number] of [["text", "text", 1], ["layer", "layer", 1], ["headselect", "head", 1], ["show", "show", 0],
+    ["scale", "scale", 0], ["measure", "measure", 0], ["run", "run", 1], ["theme", "theme", 0]])
+    $(id).onchange = e => show({[key]: number ? +e.target.value : e.target.value});
+  $("epoch").oninput = e => show({epoch: +e.target.value});
+  $("play").onclick = play;
+  const around = (value, step, count) => (value + step + count) % count;
+  const keys = {
+    ArrowLeft: () => ({head: around(Math.max(view.head, 0), -1, nHeads)}), ArrowRight: () => ({head: around(Math.max(view.head, 0), 1, nHeads)}),
+    ArrowUp: () => ({layer: around(view.layer, -1, nLayers)}), ArrowDown: () => ({layer: around(view.layer, 1, nLayers)}),
+    ",": () => ({epoch: around(view.epoch, -1, epochs.length)}), ".": () => ({epoch: around(view.epoch, 1, epochs.length)}),
+    a: () => ({head: view.head === AVERAGE || nHeads < 2 ? 0 : AVERAGE}), l: () => ({scale: view.scale === "log" ? "linear" : "log"}),
+    d: () => ({show: $("show").options[around($("show").selectedIndex, 1, $("show").options.length)].value}),
+  };
+  document.addEventListener("keydown", e => {
+    if (e.target.matches("select, input") || e.ctrlKey || e.metaKey || e.altKey) return;
+    if (e.key === " " && epochs.length > 1 && !e.target.matches("button")) { e.preventDefault(); play(); }
+    if (!(e.key in keys)) return;
+    e.preventDefault();
+    show(keys[e.key]());
+  });
+  const asked = fromFragment();
+  setTheme(asked.theme || "auto");
+  show({...asked});
 }

@@ -87,6 +87,17 @@ def add_config_flags(parser: Parser, **changed_defaults: Any) -> None:
             group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
+def add_probe_flag(parser: Parser) -> None:
+    """Add `--probe`, which may be given several times."""
+    parser.add_argument(
+        "--probe",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="also keep attention on this text at each epoch; may be given several times",
+    )
+
+
 def given(namespace: argparse.Namespace) -> dict[str, Any]:
     """The config fields that were set by a flag."""
     return {f.name: getattr(namespace, f.name) for s in SECTIONS for f in fields(s) if hasattr(namespace, f.name)}

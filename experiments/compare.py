@@ -1,19 +1,22 @@
-"""Say whether two runs really differ: the same tokens, paired, with a 95 % interval.
+"""Say whether runs really differ (the same tokens, paired, with a 95 % interval), and show their attention together.
 
     python experiments/compare.py RUN RUN
     python experiments/compare.py GROUP GROUP --split test
 
-A run is named by its id or its name; the name given to `train.py --seeds` stands for all its seeds.
+A run is named by its id or its name; the name given to `train.py --seeds` stands for all its seeds. Of several runs
+each is held against the first. The page is logged to MLflow; of a group it shows the first seed's attention.
 """
 
 from __future__ import annotations
 
+import html
 import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from lm import config
 from lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, read the score sheets, print the difference and the verdict."""
     parser = cli.Parser(__doc__ or "")
-    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run, or a group of seeds")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="two or more runs or groups of seeds")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
     args = parser.parse(argv)
 
@@ -32,20 +35,70 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments.settings import Settings
     from experiments.tracking import Tracker
 
+    if len(args.runs) < 2:
+        raise UserError(f"a comparison needs two sides: got {args.runs[0]} alone. Try another run beside it.")
     tracker = Tracker(Settings.load())
-    found = [tracker.find_run(name) for name in args.runs]
-    members = [_members(tracker, run) for run in found]
-    if {run.info.run_id for run in members[0]} & {run.info.run_id for run in members[1]}:
-        raise UserError(f"a comparison needs two sides: got {args.runs[0]} on both. Try another run.")
-    a, b = (_side(tracker, *side, args.split) for side in zip(args.runs, members, strict=True))
-    print(describe(a, b, scores.compare(a, b), f"{args.split}, all records"))
-    records = a.sheets[0].records
-    if (records["copied"] | records["shared"]).all():
-        print(f"{args.split}, clean records: there is none")
-    else:
-        print(describe(a, b, scores.compare(a, b, clean=True), f"{args.split}, clean records"))
-    if min(len(a.sheets), len(b.sheets)) == 1:
-        print("One seed a side, and another seed moves each as well: try train.py --seeds 5 for both.")
+    members = [_members(tracker, tracker.find_run(name)) for name in args.runs]
+    seen: set[str] = set()
+    for name, runs in zip(args.runs, members, strict=True):
+        ids = {run.info.run_id for run in runs}
+        if ids & seen:
+            raise UserError(f"a comparison needs different sides: got {name} twice. Try another run.")
+        seen |= ids
+    a, *others = (_side(tracker, *side, args.split) for side in zip(args.runs, members, strict=True))
+    said: list[str] = []
+    for b in others:
+        said.append(describe(a, b, scores.compare(a, b), f"{args.split}, all records"))
+        records = a.sheets[0].records
+        if (records["copied"] | records["shared"]).all():
+            said.append(f"{args.split}, clean records: there is none")
+        else:
+            said.append(describe(a, b, scores.compare(a, b, clean=True), f"{args.split}, clean records"))
+    if min(len(side.sheets) for side in (a, *others)) == 1:
+        said.append("One seed a side, and another seed moves each as well: try train.py --seeds 5 for both.")
+    print("\n".join(said))
+    show_attention(tracker, [runs[0] for runs in members], "\n".join(said))
+
+
+def show_attention(tracker: Tracker, runs: Sequence[MlflowRun], said: str) -> None:
+    """Log a page of some runs, with what differs in their configs, to a run of its own; say why where there is none."""
+    from experiments import plots
+    from experiments.captures import load_attention
+
+    names = [run.info.run_name or run.info.run_id for run in runs]
+    title = " and ".join(names)
+    header, rows = ["", *names], _config_differences(runs) + _perplexities(tracker, runs)
+    above = f"<pre>{html.escape(said)}</pre>{plots.html_table(header, rows) if rows else ''}"
+    try:
+        histories = [load_attention(tracker.open_run(run.info.run_id)) for run in runs]
+        page = plots.attention_page(histories, title, above=above)
+    except UserError as e:
+        print(f"no page of their attention: {e}")
+        return
+    with tracker.run(f"compare {title}"[:200], {"lm.kind": "comparison"}) as run:
+        path, link = tracker.publish(run, page)
+    print(f"report   {path}\nbrowse   python experiments/ui.py, which opens\n         {link}")
+
+
+def _config_differences(runs: Sequence[MlflowRun]) -> list[list[str]]:
+    """A row for each config field in which the runs differ."""
+    values = {name: [run.data.params.get(name, "") for run in runs] for name in config.names()}
+    return [[name, *row] for name, row in values.items() if len(set(row)) > 1]
+
+
+def _perplexities(tracker: Tracker, runs: Sequence[MlflowRun]) -> list[list[str]]:
+    """A row for each epoch with the validation perplexity of the runs."""
+    logged = [
+        {
+            point.step: point.value
+            for point in tracker.client.get_metric_history(run.info.run_id, "validation_perplexity")
+        }
+        for run in runs
+    ]
+    epochs = sorted({epoch for points in logged for epoch in points})
+    return [
+        [f"perplexity, epoch {e}", *(f"{points[e]:.2f}" if e in points else "" for points in logged)] for e in epochs
+    ]
 
 
 def _members(tracker: Tracker, found: MlflowRun) -> list[MlflowRun]:

@@ -244,15 +244,10 @@ def conclude(outcomes: Sequence[Outcome], config: Config, text: Text, n_windows:
     how = "Validation perplexity after each epoch; the dashed lines are the published figures and the n-gram baseline."
     figure = curves(outcomes, baseline)
     page = plots.report_page("Leak study", about, [("The fall", how, figure)], plots.html_table(header, rows))
-    path = tracker.settings.mlruns / "reports" / "leak-study.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
     with tracker.run("leak study", {"lm.kind": "leak_study_summary"}) as run:
         run.log_params({**config.flat(), "windows": n_windows})
-        run.log_page("report.html", page)
-    print(f"report   {path}")
-    print("browse   python experiments/ui.py, which opens")
-    print(f"summary  {tracker.run_link(tracker.ui_address(), run.id, 'report.html')}")
+        path, link = tracker.publish(run, page)
+    print(f"report   {path}\nbrowse   python experiments/ui.py, which opens\nsummary  {link}")
 
 
 def curves(outcomes: Sequence[Outcome], baseline: float) -> Any:

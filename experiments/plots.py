@@ -16,37 +16,111 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm.attention import triangle
+from lm.errors import UserError
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from lm.attention import AttentionMap
+    from experiments.captures import History
 
 _HERE = Path(__file__).parent
-PACKING_ERROR = 0.5 / 255
-"""Largest difference between a weight and its packed value on the page."""
+LARGEST_MAPS = 8_000_000
+"""Bytes of weights that a page holds at most, before packing; a browser draws twice as much within 3 s."""
 
 
-def attention_page(maps: Mapping[int, AttentionMap], title: str) -> str:
-    """A page of attention heatmaps.
+def attention_page(histories: Sequence[History], title: str, notes: Sequence[str] = (), above: str = "") -> str:
+    """A page of attention maps that a browser can work: one run over its epochs, or several side by side.
+
+    What the page would be too large with is left out, and the page says what: texts after the first, then epochs
+    between the first and the last, then the heads that spread their attention most. Of several runs the epochs, texts,
+    layers and heads that all of them have are shown.
 
     Args:
-        maps: epoch to the map of the same text; layers, heads and tokens are equal in all.
+        histories: of the runs, the first being the one that others are compared with.
         title: the page's heading.
+        notes: more sentences for the end of the page.
+        above: HTML between heading and maps.
 
-    Returns:
-        HTML with a small map for each head, one head large with its tokens, and an epoch slider if there are several.
+    Raises:
+        UserError: the runs have no text or no epoch in common.
     """
-    epochs = sorted(maps)
-    weights = np.stack([maps[e].weights_LHTS for e in epochs])
-    packed = np.rint(weights * 255).astype(np.uint8)
+    shown, left_out = _choose(histories)
+    texts, epochs, n_layers, heads = shown
+    runs: list[dict[str, Any]] = []
+    for history in histories:
+        at = [history.epochs.index(epoch) for epoch in epochs]
+        rows = (history.weights[text][at][:, :n_layers, heads] for text in texts)
+        packed = b"".join(triangle(weights).tobytes() for weights in rows)
+        measures = {
+            name: [[[_figure(x) for x in layer] for layer in epoch] for epoch in values[:, :n_layers, heads]]
+            for name, values in history.measures.items()
+        }
+        runs.append(
+            {
+                "name": history.run,
+                "verdict": history.verdict(),
+                "weights": _pack(packed),
+                "measured": history.epochs,
+                "measures": measures,
+            }
+        )
     data = {
         "title": title,
-        "tokens": maps[epochs[0]].tokens,
+        "texts": [{"name": text, "tokens": histories[0].tokens[text]} for text in texts],
         "epochs": epochs,
-        "shape": list(packed.shape[:4]),
-        "weights": _pack(packed.tobytes()),
+        "layers": n_layers,
+        "heads": heads,
+        "notes": [*left_out, *notes],
+        "runs": runs,
     }
-    return _page(title, _read("attention_page.html"), _read("attention_page.js"), data)
+    return _page(title, _read("attention_page.html").replace("__ABOVE__", above), _read("attention_page.js"), data)
+
+
+def _figure(value: float) -> float | None:
+    return round(float(value), 4) if np.isfinite(value) else None
+
+
+def _choose(histories: Sequence[History]) -> tuple[tuple[list[str], list[int], int, list[int]], list[str]]:
+    """Texts, epochs, number of layers and heads of a page, and in sentences what was left out."""
+    first, left_out = histories[0], list[str]()
+    texts = [text for text in first.tokens if all(h.tokens.get(text) == first.tokens[text] for h in histories)]
+    epochs = [epoch for epoch in first.epochs if all(epoch in h.epochs for h in histories)]
+    if not texts or not epochs:
+        raise UserError(
+            "attention can be compared on equal tokens at equal epochs: "
+            f"got none in common of {', '.join(h.run for h in histories)}. "
+            "Try runs with the same corpus, vocabulary and --seq-len."
+        )
+    shapes = [next(iter(h.weights.values())).shape[1:3] for h in histories]
+    n_layers, n_heads = (min(shape[i] for shape in shapes) for i in (0, 1))
+    if len(set(shapes)) > 1:
+        sizes = ", ".join(f"{h.run} {L} x {H}" for h, (L, H) in zip(histories, shapes, strict=True))
+        left_out.append(f"Layers x heads: {sizes}; shown are the first {n_layers} layers and {n_heads} heads of each.")
+    heads = list(range(n_heads))
+
+    def size() -> int:
+        tokens = [len(first.tokens[text]) for text in texts]
+        return sum(n * (n + 1) for n in tokens) * len(epochs) * n_layers * len(heads) * len(histories)
+
+    if size() > LARGEST_MAPS and len(texts) > 1:
+        left_out.append(f"To keep the page small it shows one of {len(texts)} texts.")
+        own = [text for text in texts if not text.startswith("validation")]
+        texts = (own or texts)[:1]
+    if size() > LARGEST_MAPS and len(epochs) > 2:
+        kept = max(2, LARGEST_MAPS * len(epochs) // size())
+        places = np.unique(np.linspace(0, len(epochs) - 1, kept).round().astype(int))
+        left_out.append(f"To keep the page small it shows {len(places)} of {len(epochs)} epochs.")
+        epochs = [epochs[i] for i in places]
+    if size() > LARGEST_MAPS:
+        kept = max(1, LARGEST_MAPS * len(heads) // size())
+        spread_H = first.measures["entropy"][-1, :n_layers, :n_heads].mean(0) if first.measures else np.arange(n_heads)
+        heads = sorted(int(h) for h in np.argsort(spread_H)[:kept])
+        numbers = ", ".join(str(h + 1) for h in heads)
+        left_out.append(
+            f"To keep the page small it shows {kept} of {n_heads} heads a layer, those of least entropy: {numbers}."
+        )
+    return (texts, epochs, n_layers, heads), left_out
 
 
 def report_page(title: str, about: str, figures: Sequence[tuple[str, str, go.Figure]], table: str = "") -> str:

@@ -52,7 +52,7 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
         print(f"... and {len(rows) - len(shown)} more on the page below")
     for trial in studies.failed(study):
         print(f"trial {trial.number} failed: {tracker.tags(trial.user_attrs[studies.RUN_ID]).get('lm.reason', '')}")
-    path, summary_id = write_page(study, tracker, ranked, header, rows)
+    path, link = write_page(study, tracker, ranked, header, rows)
     complete = studies.complete(study)
     if complete:
         print(f"\n{_measured(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))}")
@@ -73,7 +73,7 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     print("browse   python experiments/ui.py, which opens")
     print(f"charts   {tracker.charts_link(base)}")
     print(f"compare  {tracker.compare_link(base, run_ids)}")
-    print(f"summary  {tracker.run_link(base, summary_id, 'report.html')}")
+    print(f"summary  {link}")
     if complete:
         print(f"serve    {export.serve_command(tracker.settings.tracking_uri)}")
 
@@ -105,7 +105,7 @@ def write_page(
     """Write `reports/STUDY.html` beside the stores and log it to the study's one summary run.
 
     Returns:
-        the file, and the summary run's id.
+        the file, and the page's address in the UI.
     """
     from experiments import plots
     from experiments import study as studies
@@ -119,17 +119,14 @@ def write_page(
         baseline = logged.get("baseline_perplexity")
     figures = studies.figures(study, baseline) if ranked else []
     page = plots.report_page(f"Study {study.study_name}", about, figures, plots.html_table(header, rows))
-    path = tracker.settings.mlruns / "reports" / f"{study.study_name}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
     standing = tracker.runs_of_study(study.study_name, "study")
     tags = {"lm.kind": "study", "lm.study": study.study_name}
     with tracker.run(study.study_name, tags, standing[0].info.run_id if standing else None) as run:
-        run.log_page("report.html", page)
+        path, link = tracker.publish(run, page)
         if ranked and run.metrics().get("best_validation_perplexity") != studies.best_value(ranked[0]):
             run.log_metrics({"best_validation_perplexity": studies.best_value(ranked[0])}, len(ranked))
             run.log_tags({"lm.best_trial": ranked[0].number, "lm.best_params": ranked[0].params})
-    return path, run.id
+    return path, link
 
 
 def _measured(winner: TrackedRun) -> str:

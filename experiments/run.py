@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import export, plots
+from experiments import captures, export, plots
+from experiments.captures import Capture
 from experiments.scores import Sheet
 from experiments.settings import Settings
 from experiments.tracking import TrackedRun
@@ -25,8 +26,10 @@ from lm.errors import UserError
 from lm.evaluate import Scores, bits_per_byte, evaluate
 from lm.model import Decoder
 from lm.overlap import RUN
+from lm.vocab import Vocab
 
 _SAMPLE_PROMPT_TOKENS = 4
+_SHARED_TEXTS = 2
 _MAY_CHANGE = {"epochs", "patience", "device"}
 
 
@@ -96,6 +99,45 @@ def check(text: Text, config: Config, seed_text: str | None) -> str:
         seed_text = vocab.decode(list(itertools.islice(known, _SAMPLE_PROMPT_TOKENS)))
     generate.encode_prompt(vocab, seed_text)
     return seed_text
+
+
+def probes(text: Text, config: Config, own: Sequence[str] = ()) -> dict[str, list[int]]:
+    """The texts whose attention is kept at each epoch, by name, as ids.
+
+    Two windows of validation text, each from the start of a record that the split's seed draws, are the same for all
+    runs on a corpus with one window length; a person's own texts follow, cut to the window.
+
+    Raises:
+        UserError: an own text without a token.
+    """
+    T, ids, table = config.model.seq_len, text.tokens.ids["validation"], text.tokens.records["validation"]
+    starts = np.concatenate([[0], np.cumsum(table["tokens"])[:-1]])
+    starts = np.unique(starts[starts <= max(0, len(ids) - T)])
+    chosen = np.random.default_rng(config.data.split_seed).permutation(starts)[:_SHARED_TEXTS]
+    made = {f"validation {i + 1}": [int(x) for x in ids[start : start + T]] for i, start in enumerate(chosen)}
+    for i, words in enumerate(own):
+        encoded = text.tokens.vocab.encode(words)
+        if not encoded:
+            raise UserError(f"a probe must hold a word: got {words!r}. Try --probe 'what is an otter?'.")
+        made[f"probe {i + 1}"] = encoded[:T]
+    return made
+
+
+def probe_notes(text: Text, config: Config, own: Sequence[str]) -> list[str]:
+    """What is not shown of a person's own texts as they wrote it: the end past the window, and unknown words.
+
+    Raises:
+        UserError: an own text without a token.
+    """
+    notes: list[str] = []
+    probes(text, config, own)
+    for i, words in enumerate(own):
+        encoded, T = text.tokens.vocab.encode(words), config.model.seq_len
+        if len(encoded) > T:
+            notes.append(f"probe {i + 1}: the window holds {T} of its {len(encoded)} tokens, the rest is left out")
+        if unknown := encoded[:T].count(text.tokens.vocab.unk_id):
+            notes.append(f"probe {i + 1}: {unknown} of its words are not in the vocabulary and stand as <unk>")
+    return notes
 
 
 def require_resumable(changes: Mapping[str, Any]) -> None:
@@ -180,6 +222,7 @@ def train_and_log(
     state: TrainState | None = None,
     progress: bool = False,
     allow_leak: bool = False,
+    own_probes: Sequence[str] = (),
 ) -> Iterator[train.EpochReport]:
     """Train `config` on `text`, log each epoch to `run`, and yield its report once it is safe on disk.
 
@@ -213,16 +256,21 @@ def train_and_log(
             "lm.epochs": config.train.epochs,  # a resumed run may have more than its param says, which is fixed
         }
     )
-    probe = _probe(windows["validation"], config)
+    read = probes(text, config, own_probes)
+    if is_new:
+        taken = [_capture(state.model, vocab, read, 0, None)]
+        captures.log(run, taken[0])
+        run.log_metrics(captures.metrics(taken[0]), step=0)
+    else:
+        taken = captures.read(run, state.epochs_done)
 
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
         if report.is_best:
             # Before its figures are logged: a leak may be learned.
             audit_run(run, state.model, text, config, allow_leak, paths=["evaluation"])
-        run.log_epoch(report, figures(text, "validation", report.scores))
-        title = f"{run.name}, epoch {report.epoch}: attention on validation text"
-        shown = attention.attention_map(state.model, vocab, probe)
-        run.log_page(f"attention/epoch_{report.epoch:03d}.html", plots.attention_page({report.epoch: shown}, title))
+        taken.append(_capture(state.model, vocab, read, report.epoch, taken[-1] if taken else None))
+        run.log_epoch(report, {**figures(text, "validation", report.scores), **captures.metrics(taken[-1])})
+        _log_attention(run, taken)
         sample = generate.generate_text(state.model, vocab, seed_text, temperature=0.8, seed=0)
         run.log_page(f"samples/epoch_{report.epoch:03d}.txt", sample + "\n")
         if report.is_best:
@@ -375,8 +423,23 @@ def _log_sheet(run: TrackedRun, text: Text, name: str, scores: Scores, config: C
     run.log_bytes(f"scores/{name}.safetensors", sheet.pack())
 
 
-def _probe(windows: data.Windows, config: Config) -> list[int]:
-    """One window of validation text, chosen by the seed of the split: the same for all runs on a corpus."""
-    rng = np.random.default_rng(config.data.split_seed)
-    start = int(rng.integers(0, max(1, windows.n_full))) * windows.seq_len
-    return [int(i) for i in windows.ids[start : start + windows.seq_len]]
+def _capture(
+    model: Decoder, vocab: Vocab, texts: Mapping[str, list[int]], epoch: int, before: Capture | None
+) -> Capture:
+    """Attention on the probes, and its measures on those that all runs share."""
+    maps = {name: attention.attention_map(model, vocab, ids) for name, ids in texts.items()}
+    shared = [name for name, ids in texts.items() if name.startswith("validation") and len(ids) > 1]
+    return captures.take(epoch, maps, shared, before, attention.head_kinds(model, len(vocab)))
+
+
+def _log_attention(run: TrackedRun, taken: Sequence[Capture]) -> None:
+    """Store the newest capture, its page, and the explorer of all epochs so far."""
+    newest = taken[-1]
+    captures.log(run, newest)
+    history = captures.join(run.name, taken)
+    title = f"{run.name}, epoch {newest.epoch}: attention"
+    run.log_page(
+        f"attention/epoch_{newest.epoch:03d}.html", plots.attention_page([captures.join(run.name, [newest])], title)
+    )
+    run.log_page("attention.html", plots.attention_page([history], f"{run.name}: attention over training"))
+    run.log_tags({"lm.attention": history.verdict()})

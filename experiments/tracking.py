@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 UI_PORT = 5000
 LEAK = "lm.leak"
 _OWNER = "lm.process"
+_METRICS_A_BATCH = 1000
 _PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
 
 
@@ -187,6 +188,14 @@ class Tracker:
         query = f"tags.`lm.study` = '{study}' and tags.`lm.kind` = '{kind}'"
         return list(self.client.search_runs([self.experiment_id], query, max_results=1000))
 
+    def publish(self, run: TrackedRun, page: str) -> tuple[Path, str]:
+        """Keep a page as `reports/RUN.html` beside the stores and as the run's `report.html`; its file and address."""
+        path = self.settings.mlruns / "reports" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run.name)}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        run.log_page("report.html", page)
+        return path, self.run_link(self.ui_address(), run.id, "report.html")
+
     def ui_address(self, port: int = UI_PORT) -> str:
         """Where the UI is: the tracking server, or the one that `ui.py` opens on this machine."""
         parts = urlsplit(self.settings.tracking_uri)
@@ -309,6 +318,9 @@ class TrackedRun:
         """Log some metrics at one step, and tags with them: both or neither."""
         now = get_current_time_millis()
         named = [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
+        while len(named) > _METRICS_A_BATCH:  # MLflow's own limit; then they go in parts, the first ones last
+            self.client.log_batch(self.id, metrics=named[-_METRICS_A_BATCH:])
+            del named[-_METRICS_A_BATCH:]
         self.client.log_batch(self.id, metrics=named, tags=[RunTag(k, str(v)) for k, v in (tags or {}).items()])
 
     def log_corpus(self, corpus: Corpus) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_config_flags(parser)
     parser.add_argument("--run-name", help="the run's name in MLflow (default: corpus and preset)")
     parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
+    cli.add_probe_flag(parser)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run, or group of seeds, from its last epoch")
     parser.add_argument(
         "--seeds", type=int, default=1, help="train so many times, with seeds from --seed on (default: 1)"
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run_name = found.info.run_name
         args.seed_text = args.seed_text or found.data.tags.get("lm.seed_text")
         args.context = args.context or found.data.tags.get("lm.context")
+        args.probe = args.probe or json.loads(found.data.tags.get("lm.probes", "[]"))
         args.seeds = int(found.data.params.get("seeds", 1))
         if found.data.tags.get("lm.kind") == "seeds":
             runs.require_resumable(changes)
@@ -84,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text.corpus.describe())
     args.seed_text = runs.check(text, config, args.seed_text)
     args.context = args.context or "window"
+    for note in runs.probe_notes(text, config, args.probe):
+        print(note)
     print(runs.describe(text))
     print(f"on {runs.machine(config)}", flush=True)
     args.run_name = args.run_name or f"{text.corpus.name}-{args.preset or 'reference'}"
@@ -113,13 +118,20 @@ def _train(
 
     tags = {"lm.kind": "train", "lm.preset": args.preset or "reference", **tags}
     with tracker.run(name, tags, run_id) as run:
-        run.log_tags({"lm.context": args.context, "lm.seed_text": args.seed_text})
-        reports = runs.train_and_log(config, text, run, args.seed_text, state, cli.is_terminal(), args.allow_leak)
+        run.log_tags(_settings(args))
+        progress = cli.is_terminal()
+        reports = runs.train_and_log(config, text, run, args.seed_text, state, progress, args.allow_leak, args.probe)
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
+        print(f"attention {run.tags()['lm.attention']}")
         found = _measure(run, config, text, args)
     print(f"run {run.name} ({run.id}) is finished")
     return run, found
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that are no config, as tags: `--resume` takes them up again."""
+    return {"lm.context": args.context, "lm.seed_text": args.seed_text, "lm.probes": json.dumps(args.probe)}
 
 
 def _measure(run: TrackedRun, config: Config, text: Text, args: argparse.Namespace) -> dict[str, float]:
@@ -148,8 +160,7 @@ def _train_seeds(
     with tracker.run(args.run_name, tags, summary_id) as summary:
         if summary_id is None:
             summary.log_params({**config.flat(), "seeds": args.seeds})
-        settings = {"lm.epochs": config.train.epochs, "lm.context": args.context, "lm.seed_text": args.seed_text}
-        summary.log_tags(settings)
+        summary.log_tags({"lm.epochs": config.train.epochs, **_settings(args)})
         found: list[dict[str, float]] = []
         for i in range(args.seeds):
             seed = config.train.seed + i

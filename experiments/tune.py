@@ -42,6 +42,7 @@ class Plan:
     seed_text: str
     trials: int
     preset: str
+    probes: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=20, help="trials of the study in all (default: 20)")
     parser.add_argument("--study", help="first part of the study's name (default: the preset)")
     parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
+    cli.add_probe_flag(parser)
     cli.add_config_flags(parser, patience=PATIENCE)
     args = parser.parse(argv)
     config = cli.config_of(args, patience=PATIENCE)
@@ -67,10 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text.corpus.describe())
     seed_text = runs.check(text, config, args.seed_text)
     print(runs.describe(text))
+    for note in runs.probe_notes(text, config, args.probe):
+        print(note)
     print(f"on {runs.machine(config)}")
     preset = args.preset or "reference"
     name = study_name(args.study or preset, text, config)
-    plan = Plan(name, config, text, seed_text, args.trials, preset)
+    plan = Plan(name, config, text, seed_text, args.trials, preset, args.probe)
     with store_lock(settings):
         storage = studies.open_storage(settings.optuna_storage)
         study = studies.open_study(storage, name, {k: config.flat()[k] for k in SPACE})
@@ -166,7 +170,10 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, tracker: Tracker, plan: 
         with tracker.run(f"trial {trial.number:02d}", tags) as run:
             trial.set_user_attr(studies.RUN_ID, run.id)
             config = plan.config.override(point)
-            for last in runs.train_and_log(config, plan.text, run, plan.seed_text, progress=cli.is_terminal()):
+            progress = cli.is_terminal()
+            for last in runs.train_and_log(
+                config, plan.text, run, plan.seed_text, progress=progress, own_probes=plan.probes
+            ):
                 trial.report(last.validation.perplexity, last.epoch)
                 if last.epoch < config.train.epochs and trial.should_prune():
                     raise PrunedError(f"pruned after epoch {last.epoch}: worse than the median of earlier trials")

@@ -202,7 +202,7 @@ def test_seeds_give_mean_and_spread_and_two_groups_are_compared(
     printed = capsys.readouterr().out
     assert "Too few questions to tell: they weigh as 8.0, 20 are needed." in printed
     assert "One seed a side" in printed
-    with pytest.raises(UserError, match="a comparison needs two sides: got few on both"):
+    with pytest.raises(UserError, match="a comparison needs different sides: got few-seed0 twice"):
         compare.main(["few", "few-seed0"])
     tracker.client.set_terminated(members[0].info.run_id, "KILLED")
     with pytest.raises(UserError, match="a group must be whole, with equal epochs: got 2 finished of 3 seeds in few"):
@@ -313,7 +313,7 @@ def test_a_run_without_scores_cannot_be_compared(tracker: Tracker) -> None:
     for name in ("bare", "naked"):
         with tracker.run(name, {}):
             pass
-    with pytest.raises(UserError, match="a comparison needs two sides: got bare on both"):
+    with pytest.raises(UserError, match="a comparison needs different sides: got bare twice"):
         compare.main(["bare", "bare"])
     with pytest.raises(UserError, match="a run must have scores on test to be compared: got bare, which has none"):
         compare.main(["bare", "naked", "--split", "test"])

@@ -71,11 +71,15 @@ def test_charts_compare_and_attention_are_drawn_in_the_ui(ui: tuple[str, Tracker
         page.wait_for_selector("text=Comparing 4 Runs", timeout=60_000)
         screenshot(page, "mlflow-compare")
 
-        page.goto(tracker.run_link(base, trial.info.run_id, "attention/epoch_002.html"))
-        frame = page.frame_locator("iframe")
-        frame.locator("#head .heatmaplayer image").wait_for(timeout=60_000)
-        frame.locator("#grid button[data-layer='1'][data-head='1']").click()
-        assert "layer 2, head 2" in frame.locator("#head").inner_text()
+        for artifact in ("attention/epoch_002.html", "attention.html"):
+            page.goto(tracker.run_link(base, trial.info.run_id, artifact))
+            frame = page.frame_locator("iframe")
+            frame.locator("#head0 .heatmaplayer image").wait_for(timeout=60_000)
+            frame.locator("#grid button[data-layer='1'][data-head='1']").click()
+            assert "layer 2, head 2" in frame.locator("#head0").inner_text()
+        frame.locator("#epoch").fill("1")
+        frame.locator("#show").select_option("previous")
+        assert "epoch 1, layer 2, head 2, minus epoch 0" in frame.locator("#head0").inner_text()
         screenshot(page, "mlflow-attention")
 
 

@@ -42,7 +42,9 @@ def test_a_run_logs_all_that_is_promised(
     artifacts = lab / "artifacts" / run.info.run_id / "artifacts"
     found = sorted(str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file())
     assert found == [
-        "attention/epoch_001.html", "attention/epoch_002.html",
+        "attention.html", "attention/epoch_000.safetensors",
+        "attention/epoch_001.html", "attention/epoch_001.safetensors",
+        "attention/epoch_002.html", "attention/epoch_002.safetensors",
         "checkpoints/best/config.json", "checkpoints/best/model.safetensors", "checkpoints/best/vocab.json",
         "checkpoints/last/config.json", "checkpoints/last/model.safetensors",
         "checkpoints/last/optimizer.safetensors", "checkpoints/last/vocab.json",
