@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import export
+from experiments import captures, export
 from tests.conftest import TOY_FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -61,10 +61,15 @@ def test_the_request_is_the_one_that_the_model_takes() -> None:
     assert set(re.findall(r'"(\w+)":', body)) == {"inputs", "params", "max_new_tokens", "temperature", "seed"}
 
 
-def test_the_python_example_names_what_is_there() -> None:
-    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    for module, name in re.findall(r"(checkpoint|generate)\.(\w+)\(", example):
+def test_the_python_examples_name_what_is_there() -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 2
+    for module, name in re.findall(r"(checkpoint|generate)\.(\w+)\(", "".join(examples)):
         assert callable(getattr(importlib.import_module(f"lm.{module}"), name))
+    for module, name in re.findall(r"from (experiments\.\w+) import (\w+)", "".join(examples)):
+        assert callable(getattr(importlib.import_module(module), name))
+    names = {*captures.History.__dataclass_fields__, *vars(captures.History)}
+    assert set(re.findall(r"history\.(\w+)", "".join(examples))) <= names
 
 
 def test_the_tree_names_every_file_and_no_other() -> None:
