@@ -6,7 +6,7 @@ const $ = id => document.getElementById(id);
 const sizes = texts.map(t => t.tokens.length), triangles = sizes.map(n => n * (n + 1) / 2);
 const offsets = triangles.map((_, i) => triangles.slice(0, i).reduce((a, b) => a + b, 0) * epochs.length * nLayers * nHeads);
 const view = {text: 0, epoch: epochs.length - 1, layer: 0, head: 0, show: "weights", scale: "linear", measure: "", run: 0, theme: "auto"};
-const AVERAGE = -1;
+const AVERAGE = -1, isCut = runs.some(run => Object.values(run.measures).some(rows => rows[0][0].length > nHeads));
 // Plotly reads tags and entities in labels, so a token such as <b> must arrive escaped.
 const escaped = t => t.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const halves = new Float32Array(65536);
@@ -27,7 +27,7 @@ function weights(run, epoch, layer, head) {
 
 // What a map of a run shows: weights, or their difference from another epoch or from the first run.
 function reference(run) {
-  if (view.show === "previous") return view.epoch ? [run, view.epoch - 1] : null;
+  if (view.show === "previous") return [run, Math.max(0, view.epoch - 1)];
   if (view.show.startsWith("epoch ")) return [run, +view.show.slice(6)];
   return view.show === "runs" && run ? [0, view.epoch] : null;
 }
@@ -82,7 +82,7 @@ function pairNames(text) {
   return pairs.get(text);
 }
 
-const headName = () => `layer ${view.layer + 1}, ` + (view.head === AVERAGE ? "average over heads" : `head ${heads[view.head] + 1}`);
+const headName = () => `layer ${view.layer + 1}, ` + (view.head === AVERAGE ? `average over ${isCut ? "the shown " : ""}heads` : `head ${heads[view.head] + 1}`);
 function drawHead(run) {
   const n = sizes[view.text], found = values(run, view.layer, view.head), signed = reference(run) !== null;
   const log = view.scale === "log" && !signed, z = [], shown = [];
@@ -118,7 +118,7 @@ function drawHead(run) {
 }
 
 const mean = numbers => { const kept = numbers.filter(x => x !== null); return kept.length ? kept.reduce((a, b) => a + b, 0) / kept.length : null; };
-const ofHead = row => view.head === AVERAGE ? mean(row[view.layer]) : row[view.layer][view.head];
+const ofHead = row => view.head === AVERAGE ? mean(heads.map(h => row[view.layer][h])) : row[view.layer][heads[view.head]];
 const colours = ["#2456d6", "#d1490b", "#0b8a5f", "#8a3ffc", "#b8860b", "#c2185b"];
 function drawCurves() {
   const name = view.measure, lines = [];
@@ -129,10 +129,10 @@ function drawCurves() {
     const line = (y, label, style, opacity) => lines.push({x: run.measured, y, name: label, mode: "lines+markers", opacity,
       marker: {size: 4}, line: {color: colour, ...style}});
     if (runs.length === 1) for (let h = 0; h < rows[0][view.layer].length; h++)
-      lines.push({x: run.measured, y: rows.map(row => row[view.layer][h]), name: `layer ${view.layer + 1}, head ${heads[h] + 1}`,
+      lines.push({x: run.measured, y: rows.map(row => row[view.layer][h]), name: `layer ${view.layer + 1}, head ${h + 1}`,
         mode: "lines", opacity: 0.35, line: {color: dark ? "#98a2b3" : "#667085", width: 1}, showlegend: false});
     line(rows.map(ofHead), label + headName(), {width: 2.5}, 1);
-    line(rows.map(row => mean(row.flat())), label + "all heads", {width: 2, dash: "dot"}, 0.9);
+    line(rows.map(row => mean(row.flat())), label + "all heads of all layers", {width: 2, dash: "dot"}, 0.9);
   }
   return Plotly.react("curves", lines, {...look, margin: {l: 50, r: 10, t: 10, b: 40}, legend: {orientation: "h", y: -0.3},
     xaxis: {title: {text: "epoch"}, gridcolor: inks.line, zeroline: false, dtick: runs[0].measured.length > 20 ? undefined : 1}, yaxis: {title: {text: name}, gridcolor: inks.line, rangemode: "tozero"},
@@ -143,7 +143,7 @@ function writeFacts() {
   const cell = (tag, words, kind) => Object.assign(document.createElement(tag), {textContent: words, className: kind || ""});
   const table = $("facts"), line = (...cells) => { const tr = document.createElement("tr"); tr.append(...cells); table.append(tr); };
   table.replaceChildren();
-  line(cell("th", `epoch ${epochs[view.epoch]}, ${headName()}, validation texts`, "words"), ...runs.map(run => cell("th", runs.length > 1 ? run.name : "")));
+  line(cell("th", `epoch ${epochs[view.epoch]}, ${headName()}`, "words"), ...runs.map(run => cell("th", runs.length > 1 ? run.name : "")));
   for (const name of Object.keys(runs[0].measures))
     line(cell("td", name, "words"), ...runs.map(run => {
       const row = run.measures[name]?.[run.measured.indexOf(epochs[view.epoch])], found = row ? ofHead(row) : null;
@@ -152,6 +152,7 @@ function writeFacts() {
 }
 
 function show(change) {
+  if (change.show === "runs" && !view.run) change.run = 1;
   Object.assign(view, change);
   if ("theme" in change) setTheme(view.theme);
   const signed = reference(view.run) !== null;
@@ -177,7 +178,7 @@ function fromFragment() {
     head: nHeads, run: runs.length}, found = {};
   for (const [key, count] of Object.entries(within)) {
     const value = parseInt(asked.get(key), 10);
-    if (value >= (key === "head" ? AVERAGE : 0) && value < count) found[key] = value;
+    if (value >= (key === "head" && nHeads > 1 ? AVERAGE : 0) && value < count) found[key] = value;
   }
   for (const key of ["show", "scale", "measure", "theme"])
     if ([...$(key).options].some(option => option.value === asked.get(key))) found[key] = asked.get(key);
@@ -197,7 +198,7 @@ async function start() {
     run.packed = new Uint16Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 2);
     const line = document.createElement("div");
     line.textContent = (runs.length > 1 ? `${run.name}: ` : "attention ") + run.verdict;
-    $("verdict").append(line);
+    if (run.verdict) $("verdict").append(line);
   }
   $("notes").textContent = notes.join(" ");
   buildGrid();
@@ -207,7 +208,8 @@ async function start() {
   for (let h = 0; h < nHeads; h++) option("headselect", heads[h] + 1, h);
   if (nHeads > 1) option("headselect", "average", AVERAGE);
   option("show", "weights", "weights");
-  if (epochs.length > 1) option("show", "change from the epoch before", "previous");
+  const isWhole = epochs.at(-1) - epochs[0] === epochs.length - 1;
+  if (epochs.length > 1) option("show", `change from the ${isWhole ? "" : "shown "}epoch before`, "previous");
   if (runs.length > 1) option("show", `difference from ${runs[0].name}`, "runs");
   if (epochs.length > 1) epochs.forEach((e, i) => option("show", `change from epoch ${e}`, `epoch ${i}`));
   Object.keys(runs[0].measures).forEach(name => option("measure", name, name));
@@ -239,7 +241,5 @@ async function start() {
     e.preventDefault();
     show(keys[e.key]());
   });
-  const asked = fromFragment();
-  setTheme(asked.theme || "auto");
-  show({...asked});
+  show(fromFragment());
 }

@@ -5,7 +5,8 @@
     history.weights["validation 1"]                # [epochs, layers, heads, query, key]
 
 A map is kept as the lower triangle of its weights in fp16, so that a weight is stored to within one part in 2,048 (or
-3e-8 where it is below 6e-5), and the zeros above are exact. All measures are made from what is stored.
+3e-8 where it is below 6e-5), and the zeros above are exact. What is measured on texts is measured on what is stored;
+kinds of heads are measured on random tokens (`lm.attention.head_kinds`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from experiments.tracking import TrackedRun
+from experiments.settings import Settings
+from experiments.tracking import TrackedRun, Tracker
 from lm import attention
 from lm.attention import AttentionMap
 from lm.errors import UserError
@@ -36,7 +38,7 @@ class History:
     """Maps of some texts at some epochs of a run; epoch 0 is before training.
 
     `tokens[text]` has the T tokens of a text, `weights[text]` is [E, L, H, T, S] fp16, and `measures[name]` [E, L, H]
-    has what `lm.attention` measures, over the texts that every run on the corpus reads (NaN where it is not defined).
+    has what `lm.attention` measures, on the validation texts or on random tokens (NaN where it is not defined).
     """
 
     run: str
@@ -45,18 +47,15 @@ class History:
     weights: dict[str, Halves]
     measures: dict[str, npt.NDArray[np.float32]]
 
-    @property
-    def changes(self) -> list[float]:
-        """The mean divergence of each epoch's maps from those of the epoch before, for epochs 1, 2, ..."""
-        if "change" not in self.measures:
-            return []
-        return [float(x) for x in self.measures["change"][1:].mean((1, 2))]
-
     def verdict(self) -> str:
-        """When attention settled, by the rule of `lm.attention.settled`, in words."""
-        changes = self.changes
-        if not changes:
+        """When attention settled, by the rule of `lm.attention.settled`, in words; empty where one epoch is all."""
+        if len(self.epochs) < 2:
+            return ""
+        if "change" not in self.measures:
             return "not measured: the validation text is shorter than two tokens"
+        if self.epochs != list(range(len(self.epochs))):
+            return "not measured: the maps of an epoch are missing"
+        changes = [float(x) for x in self.measures["change"][1:].mean((1, 2))]
         epoch = attention.settled(changes)
         if epoch is not None:
             return f"settled at epoch {epoch}: no later epoch changed the maps by {attention.SETTLED} bits or more"
@@ -65,20 +64,19 @@ class History:
 
 @dataclass(frozen=True)
 class Capture:
-    """One epoch of a history, before and after it is a file."""
+    """One epoch of a history, in memory and as a file: tokens and [L, H, T, S] of each text, and measures [L, H]."""
 
     epoch: int
-    maps: dict[str, AttentionMap]
+    tokens: dict[str, list[str]]
+    weights: dict[str, Halves]
     measures: dict[str, npt.NDArray[np.float32]]
 
     def pack(self) -> bytes:
         """As one safetensors file; `Capture.read` is the inverse."""
         tensors: dict[str, npt.NDArray[Any]] = {f"measure.{name}": values for name, values in self.measures.items()}
-        texts: list[dict[str, Any]] = []
-        for name, shown in self.maps.items():
-            tensors[f"text.{len(texts)}"] = attention.triangle(shown.weights_LHTS.astype(np.float16))
-            texts.append({"name": name, "tokens": shown.tokens})
-        return save(tensors, metadata={"about": json.dumps({"epoch": self.epoch, "texts": texts})})
+        for i, weights in enumerate(self.weights.values()):
+            tensors[f"text.{i}"] = attention.triangle(weights)
+        return save(tensors, metadata={"about": json.dumps({"epoch": self.epoch, "tokens": self.tokens})})
 
     @classmethod
     def read(cls, path: Path) -> Capture:
@@ -90,19 +88,18 @@ class Capture:
         try:
             with safe_open(path, framework="numpy") as f:
                 about = json.loads(f.metadata()["about"])
-                maps = {
-                    str(text["name"]): AttentionMap(
-                        [str(token) for token in text["tokens"]],
-                        _square(f.get_tensor(f"text.{i}"), len(text["tokens"])).astype(np.float32),
-                    )
-                    for i, text in enumerate(about["texts"])
+                tokens = {str(name): [str(token) for token in of_text] for name, of_text in about["tokens"].items()}
+                weights = {
+                    name: _square(f.get_tensor(f"text.{i}"), len(of_text))
+                    for i, (name, of_text) in enumerate(tokens.items())
                 }
                 names = [key for key in f.keys() if key.startswith("measure.")]  # noqa: SIM118 (no mapping)
                 measured = {key.removeprefix("measure."): f.get_tensor(key) for key in names}
-            return cls(int(about["epoch"]), maps, measured)
+            return cls(int(about["epoch"]), tokens, weights, measured)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as e:
             raise UserError(
-                f"an attention file must be as it was written: got {type(e).__name__} in {path.name}. Try another run."
+                f"an attention file must be as it was written: got {type(e).__name__} in {path}. "
+                "Try removing it: the run then goes on without that epoch's maps."
             ) from e
 
 
@@ -118,38 +115,40 @@ def take(
     Args:
         maps: by the text's name.
         shared: the texts that are measured; each of two tokens or more.
-        before: the capture of the epoch before.
+        before: the capture made last; what changed is measured if it is of the epoch before.
         kinds: measures of the model that need no text.
     """
-    rounded = {
-        name: AttentionMap(m.tokens, m.weights_LHTS.astype(np.float16).astype(np.float32)) for name, m in maps.items()
-    }
+    rounded = {name: shown.weights_LHTS.astype(np.float16) for name, shown in maps.items()}
     found: dict[str, list[attention.Floats]] = {}
     for name in shared:
-        weights_LHTS = rounded[name].weights_LHTS
-        measured = attention.measures(weights_LHTS)
-        if weights_LHTS.shape[1] > 1:
-            measured["agreement"] = attention.agreement(weights_LHTS)
-        if before is not None:
-            measured["change"] = attention.divergence(before.maps[name].weights_LHTS, weights_LHTS)
+        measured = attention.measures(rounded[name])
+        if rounded[name].shape[1] > 1:
+            measured["agreement"] = attention.agreement(rounded[name])
+        if before is not None and before.epoch == epoch - 1:
+            measured["change"] = attention.divergence(before.weights[name], rounded[name])
         for key, values in measured.items():
             found.setdefault(key, []).append(values)
     means = {key: np.mean(values, axis=0) for key, values in found.items()}
-    return Capture(epoch, rounded, {key: values.astype(np.float32) for key, values in {**means, **kinds}.items()})
+    measures = {key: values.astype(np.float32) for key, values in {**means, **kinds}.items()}
+    return Capture(epoch, {name: shown.tokens for name, shown in maps.items()}, rounded, measures)
 
 
 def join(run: str, captures: Sequence[Capture]) -> History:
-    """The captures of a run, one an epoch in order, as arrays."""
+    """The captures of a run, one an epoch in order, as arrays.
+
+    Raises:
+        UserError: they are of different texts.
+    """
     first = captures[0]
+    if any(capture.tokens != first.tokens for capture in captures):
+        raise UserError(f"attention over epochs must be of the same texts: got others in {run}. Try another run.")
     names = {name for capture in captures for name in capture.measures}
-    missing = np.full(next(iter(first.maps.values())).weights_LHTS.shape[:2], np.nan, np.float32)
+    missing = np.full(next(iter(first.weights.values())).shape[:2], np.nan, np.float32)
     return History(
         run=run,
         epochs=[capture.epoch for capture in captures],
-        tokens={name: shown.tokens for name, shown in first.maps.items()},
-        weights={
-            name: np.stack([c.maps[name].weights_LHTS for c in captures]).astype(np.float16) for name in first.maps
-        },
+        tokens=first.tokens,
+        weights={name: np.stack([capture.weights[name] for capture in captures]) for name in first.weights},
         measures={name: np.stack([c.measures.get(name, missing) for c in captures]) for name in sorted(names)},
     )
 
@@ -170,14 +169,13 @@ def log(run: TrackedRun, capture: Capture) -> None:
 
 
 def read(run: TrackedRun, last: int | None = None) -> list[Capture]:
-    """The captures of a run up to an epoch, or all; they end where one is missing."""
-    captures: list[Capture] = []
-    while last is None or len(captures) <= last:
-        file = run.fetch_artifact(_FILE.format(len(captures)))
-        if file is None:
-            break
-        captures.append(Capture.read(file))
-    return captures
+    """The captures of a run in the order of their epochs, all or up to one."""
+    files = [
+        file
+        for name in sorted(run.artifacts("attention"))
+        if name.endswith(".safetensors") and (file := run.fetch_artifact(f"attention/{name}")) is not None
+    ]
+    return [capture for capture in map(Capture.read, files) if last is None or capture.epoch <= last]
 
 
 def load_attention(run: TrackedRun | str) -> History:
@@ -190,9 +188,6 @@ def load_attention(run: TrackedRun | str) -> History:
         UserError: no such run, one without attention, or a damaged file.
     """
     if isinstance(run, str):
-        from experiments.settings import Settings
-        from experiments.tracking import Tracker
-
         tracker = Tracker(Settings.load())
         run = tracker.open_run(tracker.find_run(run).info.run_id)
     captures = read(run)

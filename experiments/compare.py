@@ -82,7 +82,8 @@ def show_attention(tracker: Tracker, runs: Sequence[MlflowRun], said: str) -> No
 
 def _config_differences(runs: Sequence[MlflowRun]) -> list[list[str]]:
     """A row for each config field in which the runs differ."""
-    values = {name: [run.data.params.get(name, "") for run in runs] for name in config.names()}
+    logged = [{**run.data.params, "epochs": run.data.tags.get("lm.epochs", "")} for run in runs]
+    values = {name: [params.get(name, "") for params in logged] for name in config.names()}
     return [[name, *row] for name, row in values.items() if len(set(row)) > 1]
 
 
@@ -112,7 +113,7 @@ def _members(tracker: Tracker, found: MlflowRun) -> list[MlflowRun]:
             f"a group must be whole, with equal epochs: got {len(members)} finished of {wanted} seeds in {name}. "
             f"Try python experiments/train.py --resume {name}, or a single run ({name}-seed0)."
         )
-    return members
+    return sorted(members, key=lambda run: int(run.data.params["seed"]))
 
 
 def _side(tracker: Tracker, name: str, members: Sequence[MlflowRun], split: str) -> Side:

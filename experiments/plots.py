@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 LARGEST_MAPS = 8_000_000
-"""Bytes of weights that a page holds at most, before packing; a browser draws twice as much within 3 s."""
+"""Bytes of weights from which on a page leaves things out."""
 
 
-def attention_page(histories: Sequence[History], title: str, notes: Sequence[str] = (), above: str = "") -> str:
+def attention_page(histories: Sequence[History], title: str, above: str = "", largest: int = LARGEST_MAPS) -> str:
     """A page of attention maps that a browser can work: one run over its epochs, or several side by side.
 
-    What the page would be too large with is left out, and the page says what: texts after the first, then epochs
-    between the first and the last, then the heads that spread their attention most. Of several runs the epochs, texts,
-    layers and heads that all of them have are shown.
+    What the page would be too large with is left out, and the page says how much: all texts but one (the first of a
+    person's own, if there is one), then epochs between the first and the last, then the heads that spread their
+    attention most. Of several runs the epochs, texts, layers and heads that all of them have are shown.
 
     Args:
         histories: of the runs, the first being the one that others are compared with.
         title: the page's heading.
-        notes: more sentences for the end of the page.
         above: HTML between heading and maps.
+        largest: bytes of weights from which on things are left out.
 
     Raises:
         UserError: the runs have no text or no epoch in common.
     """
-    shown, left_out = _choose(histories)
+    shown, left_out = _choose(histories, largest)
     texts, epochs, n_layers, heads = shown
     runs: list[dict[str, Any]] = []
     for history in histories:
@@ -53,7 +53,7 @@ def attention_page(histories: Sequence[History], title: str, notes: Sequence[str
         rows = (history.weights[text][at][:, :n_layers, heads] for text in texts)
         packed = b"".join(triangle(weights).tobytes() for weights in rows)
         measures = {
-            name: [[[_figure(x) for x in layer] for layer in epoch] for epoch in values[:, :n_layers, heads]]
+            name: [[[_figure(x) for x in layer] for layer in epoch] for epoch in values]
             for name, values in history.measures.items()
         }
         runs.append(
@@ -71,7 +71,7 @@ def attention_page(histories: Sequence[History], title: str, notes: Sequence[str
         "epochs": epochs,
         "layers": n_layers,
         "heads": heads,
-        "notes": [*left_out, *notes],
+        "notes": left_out,
         "runs": runs,
     }
     return _page(title, _read("attention_page.html").replace("__ABOVE__", above), _read("attention_page.js"), data)
@@ -81,7 +81,9 @@ def _figure(value: float) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
 
 
-def _choose(histories: Sequence[History]) -> tuple[tuple[list[str], list[int], int, list[int]], list[str]]:
+def _choose(
+    histories: Sequence[History], largest: int
+) -> tuple[tuple[list[str], list[int], int, list[int]], list[str]]:
     """Texts, epochs, number of layers and heads of a page, and in sentences what was left out."""
     first, left_out = histories[0], list[str]()
     texts = [text for text in first.tokens if all(h.tokens.get(text) == first.tokens[text] for h in histories)]
@@ -103,17 +105,17 @@ def _choose(histories: Sequence[History]) -> tuple[tuple[list[str], list[int], i
         tokens = [len(first.tokens[text]) for text in texts]
         return sum(n * (n + 1) for n in tokens) * len(epochs) * n_layers * len(heads) * len(histories)
 
-    if size() > LARGEST_MAPS and len(texts) > 1:
+    if size() > largest and len(texts) > 1:
         left_out.append(f"To keep the page small it shows one of {len(texts)} texts.")
         own = [text for text in texts if not text.startswith("validation")]
         texts = (own or texts)[:1]
-    if size() > LARGEST_MAPS and len(epochs) > 2:
-        kept = max(2, LARGEST_MAPS * len(epochs) // size())
+    if size() > largest and len(epochs) > 2:
+        kept = max(2, largest * len(epochs) // size())
         places = np.unique(np.linspace(0, len(epochs) - 1, kept).round().astype(int))
         left_out.append(f"To keep the page small it shows {len(places)} of {len(epochs)} epochs.")
         epochs = [epochs[i] for i in places]
-    if size() > LARGEST_MAPS:
-        kept = max(1, LARGEST_MAPS * len(heads) // size())
+    if size() > largest:
+        kept = max(1, largest * len(heads) // size())
         spread_H = first.measures["entropy"][-1, :n_layers, :n_heads].mean(0) if first.measures else np.arange(n_heads)
         heads = sorted(int(h) for h in np.argsort(spread_H)[:kept])
         numbers = ", ".join(str(h + 1) for h in heads)

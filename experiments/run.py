@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from lm.overlap import RUN
 from lm.vocab import Vocab
 
 _SAMPLE_PROMPT_TOKENS = 4
-_SHARED_TEXTS = 2
+_SHARED_TEXTS, _LONGEST_PROBE, _LONGEST_TAG = 2, 256, 5000
 _MAY_CHANGE = {"epochs", "patience", "device"}
 
 
@@ -102,52 +102,75 @@ def check(text: Text, config: Config, seed_text: str | None) -> str:
 
 
 def probes(text: Text, config: Config, own: Sequence[str] = ()) -> dict[str, list[int]]:
-    """The texts whose attention is kept at each epoch, by name, as ids.
+    """The texts whose attention is kept at each epoch, by name, as ids, at most a window and `_LONGEST_PROBE` tokens.
 
-    Two windows of validation text, each from the start of a record that the split's seed draws, are the same for all
-    runs on a corpus with one window length; a person's own texts follow, cut to the window.
+    Two stretches of validation text, each from the start of a record that the split's seed draws, are the same for all
+    runs on a corpus with one window length; a person's own texts follow.
+    """
+    n, ids, table = _probe_tokens(config), text.tokens.ids["validation"], text.tokens.records["validation"]
+    starts = np.concatenate([[0], np.cumsum(table["tokens"])[:-1]])
+    starts = np.unique(starts[starts <= max(0, len(ids) - n)])
+    chosen = np.random.default_rng(config.data.split_seed).permutation(starts)[:_SHARED_TEXTS]
+    made = {f"validation {i + 1}": [int(x) for x in ids[start : start + n]] for i, start in enumerate(chosen)}
+    return made | {f"probe {i + 1}": text.tokens.vocab.encode(words)[:n] for i, words in enumerate(own)}
+
+
+def check_probes(text: Text, config: Config, own: Sequence[str]) -> list[str]:
+    """What is not shown of a person's own texts as they wrote it: the end past the window, and unknown words.
 
     Raises:
-        UserError: an own text without a token.
+        UserError: an own text without a token, or more text than a run can remember.
     """
-    T, ids, table = config.model.seq_len, text.tokens.ids["validation"], text.tokens.records["validation"]
-    starts = np.concatenate([[0], np.cumsum(table["tokens"])[:-1]])
-    starts = np.unique(starts[starts <= max(0, len(ids) - T)])
-    chosen = np.random.default_rng(config.data.split_seed).permutation(starts)[:_SHARED_TEXTS]
-    made = {f"validation {i + 1}": [int(x) for x in ids[start : start + T]] for i, start in enumerate(chosen)}
+    notes, n = list[str](), _probe_tokens(config)
+    if len(probes_tag(own)) > _LONGEST_TAG:
+        raise UserError(
+            f"probes must have at most {_LONGEST_TAG:,} characters together: got {len(probes_tag(own)):,}. "
+            f"Try shorter ones: {n} tokens of each are shown."
+        )
     for i, words in enumerate(own):
         encoded = text.tokens.vocab.encode(words)
         if not encoded:
             raise UserError(f"a probe must hold a word: got {words!r}. Try --probe 'what is an otter?'.")
-        made[f"probe {i + 1}"] = encoded[:T]
-    return made
-
-
-def probe_notes(text: Text, config: Config, own: Sequence[str]) -> list[str]:
-    """What is not shown of a person's own texts as they wrote it: the end past the window, and unknown words.
-
-    Raises:
-        UserError: an own text without a token.
-    """
-    notes: list[str] = []
-    probes(text, config, own)
-    for i, words in enumerate(own):
-        encoded, T = text.tokens.vocab.encode(words), config.model.seq_len
-        if len(encoded) > T:
-            notes.append(f"probe {i + 1}: the window holds {T} of its {len(encoded)} tokens, the rest is left out")
-        if unknown := encoded[:T].count(text.tokens.vocab.unk_id):
+        if len(encoded) > n:
+            notes.append(f"probe {i + 1}: the first {n} of its {len(encoded)} tokens are kept")
+        if unknown := encoded[:n].count(text.tokens.vocab.unk_id):
             notes.append(f"probe {i + 1}: {unknown} of its words are not in the vocabulary and stand as <unk>")
     return notes
 
 
-def require_resumable(changes: Mapping[str, Any]) -> None:
-    """Raise UserError for a field that may not differ when a run goes on."""
-    fixed = sorted(set(changes) - _MAY_CHANGE)
-    if fixed:
+def probes_tag(own: Sequence[str]) -> str:
+    """A person's own texts as the value of a tag."""
+    return json.dumps(own, ensure_ascii=False)
+
+
+def _probe_tokens(config: Config) -> int:
+    return min(config.model.seq_len, _LONGEST_PROBE)
+
+
+def resume_group(summary: TrackedRun, changes: Mapping[str, Any]) -> Config:
+    """The config of a group of seeds, to complete it or to prolong all of it; that of its first seed.
+
+    Raises:
+        UserError: it is running or has not begun, or a change that its seeds cannot make together.
+    """
+    logged = summary.params()
+    if summary.is_live():
         raise UserError(
-            f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
-            "Try --epochs, --patience or --device alone, or a new run."
+            f"a group must have ended to be resumed: got {summary.name}, which is running. Try when it has."
         )
+    if "lm.epochs" not in summary.tags():
+        raise UserError(f"a group must have begun to be resumed: got {summary.name}. Try its command again.")
+    before = Config.from_text({**logged, "epochs": summary.tags()["lm.epochs"]})
+    config = before.override(changes)
+    may_grow = before.train.schedule == "constant" and not before.train.patience
+    if set(changes) - {"epochs", "device"} or not (
+        config.train.epochs == before.train.epochs or (may_grow and config.train.epochs > before.train.epochs)
+    ):
+        raise UserError(
+            "a resumed group must keep its config, but may have more epochs at a constant lr without patience: "
+            f"got {', '.join(f'--{name} {value}' for name, value in changes.items())}. Try --resume alone."
+        )
+    return config
 
 
 def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> tuple[Config, Text, TrainState]:
@@ -161,7 +184,12 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
     """
     if run.is_live():
         raise UserError(f"a run must have ended to be resumed: got {run.name}, which is running. Try when it has.")
-    require_resumable(changes)
+    fixed = sorted(set(changes) - _MAY_CHANGE)
+    if fixed:
+        raise UserError(
+            f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
+            "Try --epochs, --patience or --device alone, or a new run."
+        )
     if run.tags().get("lm.kind") == "trial":
         raise UserError(
             f"a trial must stay as its study knows it: got {run.name}. Try train.py with the trial's own params."
@@ -210,8 +238,7 @@ def resume(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> t
 
 def has_checkpoint(run: TrackedRun) -> bool:
     """Whether a run can be resumed: it has finished an epoch."""
-    here = checkpoint.exists(run.checkpoints / "last")
-    return here or run.fetch_artifact("checkpoints/last/config.json") is not None
+    return checkpoint.exists(run.checkpoints / "last") or "config.json" in run.artifacts("checkpoints/last")
 
 
 def train_and_log(
@@ -379,22 +406,20 @@ def measure(
     name = split if context == "window" else f"{context}_{split}"
     best = checkpoint.load(run.fetch_checkpoint("best"), runtime.resolve_device(config.train.device)).state
     file, done = run.fetch_artifact(f"scores/{name}.safetensors"), f"lm.{name}_epoch"
-    sheet = None
+    sheet, was_read = None, run.tags().get(done) == str(best.epochs_done)
     if file is not None:
-        with contextlib.suppress(UserError):  # a damaged sheet is made again, as a missing one
+        try:
             sheet = Sheet.read(file)
-    if (
-        sheet is not None
-        and sheet.epoch == best.epochs_done
-        and (name == "validation" or run.tags().get(done) == str(best.epochs_done))
-    ):
+        except UserError as e:
+            print(f"{e} It is made again from the same checkpoint.")
+    if sheet is not None and sheet.epoch == best.epochs_done and (name == "validation" or was_read):
         return figures(text, split, Scores(sheet.nats), name)
     windows = text.tokens.windows(split, config.model.seq_len)
     precision = runtime.resolve_precision(config.train.precision, best.model.device)
     scores = evaluate(best.model, windows, precision, f"{name}, best checkpoint" if progress else None, context)
     made = figures(text, split, scores, name)
     _log_sheet(run, text, name, scores, config, best.epochs_done)
-    if name != "validation":  # those the epoch itself has logged
+    if name != "validation" and not was_read:  # those the epoch itself has logged
         run.log_metrics(made, best.epochs_done, {done: best.epochs_done})
     return made
 

@@ -48,8 +48,8 @@ class Sheet:
     def pack(self) -> bytes:
         """As one safetensors file; `Sheet.read` is the inverse."""
         about = {name: getattr(self, name) for name in _ABOUT}
-        about["sha256"] = _sha256(self.nats, self.records)
-        return save({"nats": self.nats, **self.records}, metadata={"about": json.dumps(about)})
+        written = {**about, "sha256": _sha256(about, self.nats, self.records)}
+        return save({"nats": self.nats, **self.records}, metadata={"about": json.dumps(written)})
 
     @classmethod
     def read(cls, path: Path) -> Sheet:
@@ -61,9 +61,10 @@ class Sheet:
         try:
             with safe_open(path, framework="numpy") as f:
                 about = json.loads(f.metadata()["about"])
+                digest = about.pop("sha256")
                 records = {name: f.get_tensor(name) for name in _COLUMNS}
                 sheet = cls(f.get_tensor("nats"), records, **{name: about[name] for name in _ABOUT})
-            if _sha256(sheet.nats, records) != about["sha256"]:
+            if _sha256(about, sheet.nats, records) != digest:
                 raise ValueError("the digest is another")
             n_targets = max(0, int(records["tokens"].sum()) - 1)
             if sheet.nats.shape != (n_targets,) or len({column.shape for column in records.values()}) > 1:
@@ -83,8 +84,8 @@ class Sheet:
         return np.diff(before[np.concatenate([[0], np.maximum(ends, 0)])])
 
 
-def _sha256(nats: npt.NDArray[np.float32], records: dict[str, npt.NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
+def _sha256(about: dict[str, Any], nats: npt.NDArray[np.float32], records: dict[str, npt.NDArray[Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(about).encode())
     for column in (nats, *(records[name] for name in _COLUMNS)):
         digest.update(f"{column.dtype} {column.shape}".encode() + np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 UI_PORT = 5000
 LEAK = "lm.leak"
 _OWNER = "lm.process"
-_METRICS_A_BATCH = 1000
+_METRICS_A_BATCH = 900
 _PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
 
 
@@ -270,12 +270,20 @@ class TrackedRun:
         if _local_path(self.mlflow_run.info.artifact_uri) is None:
             self.client.log_artifacts(self.id, str(self.checkpoints / name), f"checkpoints/{name}")
 
+    def artifacts(self, folder: str) -> list[str]:
+        """Names of the files in a folder of this run's artifacts."""
+        here = _local_path(self.mlflow_run.info.artifact_uri)
+        if here is not None:
+            return [file.name for file in (here / folder).glob("*") if file.is_file()]
+        listed = self.client.list_artifacts(self.id, "" if folder == "." else folder)
+        return [Path(file.path).name for file in listed if not file.is_dir]
+
     def fetch_artifact(self, path: str) -> Path | None:
         """Local file of an artifact of this run, downloaded if it is not here; None where the run has none."""
         here = _local_path(self.mlflow_run.info.artifact_uri)
         if here is not None:
             return here / path if (here / path).is_file() else None
-        if path not in {file.path for file in self.client.list_artifacts(self.id, str(Path(path).parent))}:
+        if Path(path).name not in self.artifacts(str(Path(path).parent)):
             return None
         folder = self.work / self.id
         folder.mkdir(parents=True, exist_ok=True)
@@ -315,10 +323,10 @@ class TrackedRun:
         self.client.log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, tags: Mapping[str, object] | None = None) -> None:
-        """Log some metrics at one step, and tags with them: both or neither."""
+        """Log some metrics at one step, and tags with them: both or neither, up to `_METRICS_A_BATCH` of them."""
         now = get_current_time_millis()
         named = [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
-        while len(named) > _METRICS_A_BATCH:  # MLflow's own limit; then they go in parts, the first ones last
+        while len(named) > _METRICS_A_BATCH:  # MLflow takes 1,000 with tags; the first, which count, go last
             self.client.log_batch(self.id, metrics=named[-_METRICS_A_BATCH:])
             del named[-_METRICS_A_BATCH:]
         self.client.log_batch(self.id, metrics=named, tags=[RunTag(k, str(v)) for k, v in (tags or {}).items()])

@@ -19,7 +19,7 @@ from lm.errors import UserError
 
 if TYPE_CHECKING:
     from experiments.run import Text
-    from experiments.tracking import TrackedRun, Tracker
+    from experiments.tracking import MlflowRun, TrackedRun, Tracker
     from lm.checkpoint import TrainState
 
 _SUMMED_UP = [
@@ -70,24 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if found is None:
         text = runs.read_text(config.data, settings)
     else:
-        args.run_name = found.info.run_name
-        args.seed_text = args.seed_text or found.data.tags.get("lm.seed_text")
-        args.context = args.context or found.data.tags.get("lm.context")
-        args.probe = args.probe or json.loads(found.data.tags.get("lm.probes", "[]"))
-        args.seeds = int(found.data.params.get("seeds", 1))
+        _take_up(args, found)
+        run = tracker.open_run(found.info.run_id)
         if found.data.tags.get("lm.kind") == "seeds":
-            runs.require_resumable(changes)
-            if "lm.epochs" not in found.data.tags:
-                raise UserError(f"a group must have begun to be resumed: got {args.run_name}. Try its command again.")
-            logged = {**found.data.params, "epochs": found.data.tags["lm.epochs"]}
-            config = Config.from_text(logged).override(changes)
+            config = runs.resume_group(run, changes)
             text = runs.read_text(config.data, settings)
         else:
-            config, text, state = runs.resume(tracker.open_run(found.info.run_id), changes, settings)
+            config, text, state = runs.resume(run, changes, settings)
     print(text.corpus.describe())
     args.seed_text = runs.check(text, config, args.seed_text)
     args.context = args.context or "window"
-    for note in runs.probe_notes(text, config, args.probe):
+    for note in runs.check_probes(text, config, args.probe):
         print(note)
     print(runs.describe(text))
     print(f"on {runs.machine(config)}", flush=True)
@@ -101,6 +94,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = _train_seeds(tracker, config, text, args, run_id)
     print(f"Next: python experiments/ui.py, which opens {tracker.run_link(tracker.ui_address(), run.id)}")
     print(f"or:   python experiments/compare.py {run.name} ANOTHER_RUN")
+
+
+def _take_up(args: argparse.Namespace, found: MlflowRun) -> None:
+    """Fill in what a resumed run was begun with.
+
+    Raises:
+        UserError: another --probe than then.
+    """
+    tags = found.data.tags
+    probes = json.loads(tags.get("lm.probes", "[]"))
+    if args.probe not in ([], probes):
+        raise UserError(f"a resumed run must keep its probes: got {args.probe}, it has {probes}. Try --resume alone.")
+    args.probe, args.run_name, args.preset = probes, found.info.run_name, tags.get("lm.preset")
+    args.seed_text = args.seed_text or tags.get("lm.seed_text")
+    args.context = args.context or tags.get("lm.context")
+    args.seeds = int(found.data.params.get("seeds", 1))
 
 
 def _train(
@@ -123,7 +132,8 @@ def _train(
         reports = runs.train_and_log(config, text, run, args.seed_text, state, progress, args.allow_leak, args.probe)
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
-        print(f"attention {run.tags()['lm.attention']}")
+        if verdict := run.tags().get("lm.attention"):
+            print(f"attention {verdict}")
         found = _measure(run, config, text, args)
     print(f"run {run.name} ({run.id}) is finished")
     return run, found
@@ -131,7 +141,9 @@ def _train(
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """Flags that are no config, as tags: `--resume` takes them up again."""
-    return {"lm.context": args.context, "lm.seed_text": args.seed_text, "lm.probes": json.dumps(args.probe)}
+    from experiments import run as runs
+
+    return {"lm.context": args.context, "lm.seed_text": args.seed_text, "lm.probes": runs.probes_tag(args.probe)}
 
 
 def _measure(run: TrackedRun, config: Config, text: Text, args: argparse.Namespace) -> dict[str, float]:
@@ -197,6 +209,10 @@ def _train_member(
         run = tracker.open_run(member.info.run_id)
         if (member.info.status, member.data.tags.get("lm.epochs")) == ("FINISHED", str(config.train.epochs)):
             return run, _measure(run, config, text, args)
+        if run.is_live():
+            raise UserError(
+                f"a group's runs must have ended to be resumed: got {run.name}, which is running. Try then."
+            )
         if runs.has_checkpoint(run):
             changes = {**cli.given(args), "epochs": config.train.epochs}
             config, text, state = runs.resume(run, changes, tracker.settings)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text.corpus.describe())
     seed_text = runs.check(text, config, args.seed_text)
     print(runs.describe(text))
-    for note in runs.probe_notes(text, config, args.probe):
+    for note in runs.check_probes(text, config, args.probe):
         print(note)
     print(f"on {runs.machine(config)}")
     preset = args.preset or "reference"

@@ -109,11 +109,11 @@ def head_kinds(model: Decoder, n_tokens: int, seed: int = 0) -> dict[str, Floats
 
     Returns:
         each [L, H], the share of attention from the second half on: `previous_token`, the token before (Clark et al.
-        2019); `duplicate_token`, the same token's first place (Wang et al. 2022, section 3.2); `induction`, the token
-        after that place (Olsson et al. 2022, prefix matching). Empty for a window below 4.
+        2019); `duplicate_token`, the same token's first place (Wang et al. 2022); `induction`, the token
+        after that place (Olsson et al. 2022, prefix matching). Empty for a window below 6, where jobs coincide.
     """
     half = min(model.seq_len, _LONGEST_REPEAT) // 2
-    if half < 2:
+    if half < 3:
         return {}
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.choice(n_tokens - 1, half, replace=n_tokens <= half) + 1 for _ in range(_REPEATS)])
@@ -133,9 +133,10 @@ def settled(changes: Sequence[float]) -> int | None:
         changes: for epoch 1, 2, ...: the mean divergence of its maps from those of the epoch before.
 
     Returns:
-        the first epoch whose successors, one at the least, all change the maps by less than `SETTLED`.
+        the first epoch whose successors, one at the least, all change the maps by less than `SETTLED`; 0 is the
+        untrained network.
     """
     epoch = len(changes)
-    while epoch > 1 and changes[epoch - 1] < SETTLED:
+    while epoch > 0 and changes[epoch - 1] < SETTLED:
         epoch -= 1
     return epoch if epoch < len(changes) else None

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ def test_a_capture_comes_back_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").write_bytes(made.pack())
     read = Capture.read(tmp_path / "c.safetensors")
     assert read.epoch == 1
-    assert read.maps["validation 1"].tokens[:4] == HTML_LIKE
-    np.testing.assert_array_equal(read.maps["validation 1"].weights_LHTS, made.maps["validation 1"].weights_LHTS)
+    assert read.tokens["validation 1"][:4] == HTML_LIKE
+    np.testing.assert_array_equal(read.weights["validation 1"], made.weights["validation 1"])
     assert set(read.measures) == {*attention.measures(np.eye(3)), "agreement", "induction"}
     for name, values in made.measures.items():
         np.testing.assert_array_equal(read.measures[name], values)
@@ -40,7 +41,7 @@ def test_a_run_keeps_the_attention_of_each_epoch(
     train.main([*flags, "--run-name", "seen", "--epochs", "3", *[x for text in own for x in ("--probe", text)]])
     printed = capsys.readouterr().out
     assert "probe 1: 5 of its words are not in the vocabulary and stand as <unk>" in printed
-    assert "probe 2: the window holds 8 of its 40 tokens, the rest is left out" in printed
+    assert "probe 2: the first 8 of its 40 tokens are kept" in printed
     made = load_attention("seen")
     assert made.epochs == [0, 1, 2, 3]
     assert list(made.tokens) == ["validation 1", "validation 2", "probe 1", "probe 2"]
@@ -58,8 +59,8 @@ def test_a_run_keeps_the_attention_of_each_epoch(
 
     logged = run.metrics()
     assert logged["attention_entropy/layer2_head1"] == pytest.approx(made.measures["entropy"][3, 1, 0])
-    assert logged["attention/change"] == pytest.approx(made.changes[2])
-    assert made.changes[1] == pytest.approx(
+    assert logged["attention/change"] == pytest.approx(made.measures["change"][3].mean())
+    assert made.measures["change"][2].mean() == pytest.approx(
         np.mean(
             [
                 attention.divergence(made.weights[name][1].astype(np.float32), made.weights[name][2].astype(np.float32))
@@ -105,6 +106,50 @@ def test_a_resumed_run_has_the_attention_of_an_unbroken_one(
         assert steps == ([0] if "entropy" in name else []) + [1, 2, 3]
 
 
+def test_a_resumed_run_keeps_its_probes_and_outlives_a_lost_capture(tracker: Tracker, flags: list[str]) -> None:
+    train.main([*flags, "--run-name", "kept", "--probe", "the otter"])
+    for other in (["the newt"], ["the otter", "the newt"]):
+        with pytest.raises(UserError, match="a resumed run must keep its probes: got .*, it has ."):
+            train.main(["--resume", "kept", "--epochs", "3", *[x for text in other for x in ("--probe", text)]])
+    run = tracker.open_run(tracker.find_run("kept").info.run_id)
+    lost = run.fetch_artifact("attention/epoch_002.safetensors")
+    assert lost is not None
+    lost.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="an attention file must be as it was written.*Try removing it"):
+        train.main(["--resume", "kept", "--epochs", "4"])
+    lost.unlink()
+    train.main(["--resume", "kept", "--epochs", "4"])
+    made = load_attention("kept")
+    assert made.epochs == [0, 1, 3, 4]
+    assert made.verdict() == "not measured: the maps of an epoch are missing"
+    assert [bool(np.isnan(x).any()) for x in made.measures["change"]] == [True, False, True, False]
+    steps = [p.step for p in tracker.client.get_metric_history(run.id, "attention/change")]
+    assert steps == [1, 2, 4]
+
+
+def test_more_text_than_a_tag_holds_is_refused(tracker: Tracker, flags: list[str]) -> None:
+    with pytest.raises(UserError, match="probes must have at most 5,000 characters together: got 6,004"):
+        train.main([*flags, "--probe", "ж" * 6000])
+
+
+def test_captures_of_other_texts_are_not_joined() -> None:
+    made = one()
+    other = replace(made, epoch=2, tokens={"validation 1": ["x"] * 9})
+    with pytest.raises(UserError, match="attention over epochs must be of the same texts: got others in r"):
+        captures.join("r", [made, other])
+
+
+def test_a_group_is_shown_by_its_first_seed(tracker: Tracker, flags: list[str], lab: Path) -> None:
+    for name, more in (("wide", []), ("deep", ["--n-layers", "3"])):
+        train.main([*flags, "--run-name", name, "--seeds", "2", *more])
+    train.main(["--resume", "deep", "--epochs", "3"])
+    compare.main(["wide", "deep"])
+    page = (lab / "reports/compare-wide-seed0-and-deep-seed0.html").read_text("utf-8")
+    assert "<td class=words>n_layers</td><td>2</td><td>3</td>" in page
+    assert "<td class=words>epochs</td><td>2</td><td>3</td>" in page
+    assert "<td class=words>seed</td>" not in page
+
+
 def test_comparing_writes_one_page_and_logs_it(
     tracker: Tracker, flags: list[str], lab: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,9 +183,10 @@ def test_a_run_without_attention_says_so(
     for name in ("old", "new"):
         train.main([*flags, "--run-name", name])
     run = tracker.open_run(tracker.find_run("old").info.run_id)
-    file = run.fetch_artifact("attention/epoch_000.safetensors")
-    assert file is not None
-    file.unlink()
+    for epoch in (0, 1, 2):
+        file = run.fetch_artifact(f"attention/epoch_{epoch:03d}.safetensors")
+        assert file is not None
+        file.unlink()
     compare.main(["old", "new"])
     assert "no page of their attention: a run must have attention files to be shown: got old" in capsys.readouterr().out
 
@@ -164,6 +210,10 @@ def test_probes_begin_where_a_record_begins_and_are_the_same_for_every_run(toy_c
     for ids in made.values():
         assert text.tokens.vocab.decode(ids).startswith("does the")
         assert len(ids) == 8
-    whole = runs.probes(text, config.override({"seq_len": 100_000}))
-    assert list(whole) == ["validation 1"]
-    assert len(whole["validation 1"]) == len(text.tokens.ids["validation"])
+    n = len(text.tokens.ids["validation"])
+    assert n > 256
+    long = runs.probes(text, config.override({"seq_len": 100_000}), ["the otter " * 400])
+    assert {len(ids) for ids in long.values()} == {256}
+    assert runs.check_probes(text, config.override({"seq_len": n}), ["the otter " * 400]) == [
+        "probe 1: the first 256 of its 800 tokens are kept"
+    ]

@@ -281,8 +281,22 @@ def test_a_killed_group_is_completed_and_a_finished_one_prolonged(
     train.main(["--resume", "trio", "--epochs", "3"])
     figures = [run.data.metrics["best_validation_perplexity"] for run in tracker.runs_of_group(group)]
     assert tracker.find_run("trio").data.metrics["best_validation_perplexity"] == pytest.approx(np.mean(figures))
-    with pytest.raises(UserError, match="a resumed run must keep its config: got --lr"):
-        train.main(["--resume", "trio", "--lr", "1"])
+    for changes in (["--lr", "1"], ["--epochs", "2"], ["--patience", "9"]):
+        with pytest.raises(UserError, match=f"a resumed group must keep its config.*got {changes[0]}"):
+            train.main(["--resume", "trio", *changes])
+    assert {run.data.tags["lm.preset"] for run in tracker.runs_of_group(group)} == {"reference"}
+    tracker.client.set_terminated(group, "KILLED")
+    with (
+        tracker.run("trio", {}, group),
+        pytest.raises(UserError, match="a group must have ended to be resumed: got trio"),
+    ):
+        train.main(["--resume", "trio"])
+    for fixed in (["--schedule", "cosine"], ["--patience", "2"]):
+        name = fixed[0].strip("-")
+        train.main([*flags, *fixed, "--run-name", name, "--seeds", "2"])
+        with pytest.raises(UserError, match="may have more epochs at a constant lr without patience: got --epochs 9"):
+            train.main(["--resume", name, "--epochs", "9"])
+        train.main(["--resume", name])
 
 
 def test_a_damaged_sheet_is_made_again_and_an_old_one_not_compared(tracker: Tracker, flags: list[str]) -> None:

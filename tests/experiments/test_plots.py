@@ -82,11 +82,10 @@ def test_a_page_needs_no_network_and_is_small() -> None:
     [(10**6, 2, 6, 3), (3 * 10**3, 1, 6, 3), (1500, 1, 3, 3), (800, 1, 2, 2), (1, 1, 2, 1)],
 )
 def test_a_page_that_would_be_too_large_says_what_it_leaves_out(
-    limit: int, texts: int, epochs: int, heads: int, monkeypatch: pytest.MonkeyPatch
+    limit: int, texts: int, epochs: int, heads: int
 ) -> None:
     made = history(epochs=6, texts=2)
-    monkeypatch.setattr(plots, "LARGEST_MAPS", limit)
-    data = payload(plots.attention_page([made], "cut"))
+    data = payload(plots.attention_page([made], "cut", largest=limit))
     assert (len(data["texts"]), len(data["epochs"]), len(data["heads"])) == (texts, epochs, heads)
     assert {data["epochs"][0], data["epochs"][-1]} == {0, 5}
     assert len(data["notes"]) == (texts < 2) + (epochs < 6) + (heads < 3)
@@ -94,6 +93,12 @@ def test_a_page_that_would_be_too_large_says_what_it_leaves_out(
     np.testing.assert_array_equal(unpacked(data)[0], attention.triangle(made.weights["validation 1"][at]))
     least = made.measures["entropy"][-1].mean(0)
     assert max(least[data["heads"]]) == sorted(least)[heads - 1]
+    np.testing.assert_allclose(data["runs"][0]["measures"]["entropy"], made.measures["entropy"], atol=1e-4)
+
+
+def test_a_page_of_one_epoch_has_no_verdict() -> None:
+    assert payload(plots.attention_page([history(epochs=1)], "one"))["runs"][0]["verdict"] == ""
+    assert "settled" in payload(plots.attention_page([history()], "two"))["runs"][0]["verdict"]
 
 
 def test_runs_of_two_shapes_are_shown_as_far_as_both_go() -> None:

@@ -67,6 +67,13 @@ def test_an_epoch_is_logged_once_with_all_its_figures(tracker: Tracker) -> None:
         assert [m.step for m in tracker.client.get_metric_history(run.id, name)] == [1, 2, 3]
 
 
+def test_more_metrics_than_mlflow_takes_at_once_are_all_logged(tracker: Tracker) -> None:
+    with tracker.run("test", {}) as run:
+        run.log_metrics({f"m{i}": float(i) for i in range(2000)}, 1, {"lm.done": "yes"})
+    assert run.metrics() == {f"m{i}": float(i) for i in range(2000)}
+    assert run.tags()["lm.done"] == "yes"
+
+
 def test_every_figure_of_a_leaking_run_says_so(tracker: Tracker) -> None:
     with tracker.run("test", {}) as run:
         run.mark_leaking(["training path: it leaks"])

@@ -77,11 +77,12 @@ def test_heads_that_look_alike_agree() -> None:
     [
         ([], None),
         ([0.5], None),
-        ([0.001], None),  # nothing follows it
+        ([0.001], 0),  # the untrained network's, which did not change
+        ([0.5, 0.2, 0.1, 0.009], 3),
         ([0.5, 0.2, 0.1], None),
         ([0.5, 0.2, 0.009], 2),
         ([0.5, 0.001, 0.2, 0.001, 0.002], 3),
-        ([0.001, 0.002], 1),
+        ([0.001, 0.002], 0),
     ],
 )
 def test_attention_has_settled_when_no_later_epoch_changes_it(changes: list[float], epoch: int | None) -> None:
@@ -108,7 +109,7 @@ def test_kinds_of_heads_are_found_where_they_are(
     np.testing.assert_allclose(found["induction"][0, 3], np.mean(1 / np.arange(5, 9)))
 
 
-def test_kinds_need_a_window_of_four(toy_config: Config, new_state: Callable[[Config], TrainState]) -> None:
-    assert attention.head_kinds(new_state(toy_config.override({"seq_len": 3})).model, 50) == {}
+def test_kinds_need_a_window_of_six(toy_config: Config, new_state: Callable[[Config], TrainState]) -> None:
+    assert attention.head_kinds(new_state(toy_config.override({"seq_len": 5})).model, 50) == {}
     found = attention.head_kinds(new_state(toy_config).model, 3)  # fewer words than a half
     assert {values.shape for values in found.values()} == {(2, 2)}
