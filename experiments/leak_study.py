@@ -20,7 +20,7 @@ from experiments import cli
 from lm.errors import UserError
 
 if TYPE_CHECKING:
-    from experiments.run import Text
+    from experiments.text import Text
     from experiments.tracking import Tracker
     from lm.config import Config
     from lm.data import Windows
@@ -86,12 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     from experiments import run as runs
+    from experiments import text as texts
     from experiments.settings import Settings
     from experiments.tracking import Tracker
 
     tracker = Tracker(Settings.load())
-    text = runs.read_text(config.data, tracker.settings)
-    runs.check(text, config, None)
+    text = texts.read_text(config.data, tracker.settings)
+    texts.check(text, config, None)
     n_windows = args.windows if args.windows is not None else _FULL_WINDOWS if args.full else _QUICK_WINDOWS
     least, most = 2 * config.train.batch_size, len(text.tokens.ids["train"]) - config.model.seq_len
     if args.windows is None and not args.full:

@@ -131,12 +131,12 @@ def write_page(
 
 def _measured(winner: TrackedRun) -> str:
     """The best trial's figures beside the baseline's, test among them where it was read."""
-    from experiments import run as runs
+    from experiments import text as texts
 
     found = winner.metrics()
     baseline = {name: float(value) for name, value in winner.params().items() if name.startswith("baseline")}
     parts = [
-        f"{what}: {runs.against_baseline(found, name, baseline)}"
+        f"{what}: {texts.against_baseline(found, name, baseline)}"
         for what, name in (("validation", "best_validation"), ("test", "test"))
         if f"{name}_perplexity" in found
     ]

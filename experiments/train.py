@@ -18,7 +18,7 @@ from lm.config import Config
 from lm.errors import UserError
 
 if TYPE_CHECKING:
-    from experiments.run import Text
+    from experiments.text import Text
     from experiments.tracking import MlflowRun, TrackedRun, Tracker
     from lm.checkpoint import TrainState
 
@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume is not None and (args.preset or args.run_name or args.seeds > 1):
         raise UserError("a resumed run must keep its preset, name and seed: got one of them. Try --resume alone.")
 
+    from experiments import resume
     from experiments import run as runs
+    from experiments import text as texts
     from experiments.settings import Settings
     from experiments.tracking import Tracker
 
@@ -68,21 +70,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = tracker.find_run(args.resume) if args.resume is not None else None
     state, changes = None, cli.given(args)
     if found is None:
-        text = runs.read_text(config.data, settings)
+        text = texts.read_text(config.data, settings)
     else:
         _take_up(args, found)
         run = tracker.open_run(found.info.run_id)
         if found.data.tags.get("lm.kind") == "seeds":
-            config = runs.resume_group(run, changes)
-            text = runs.read_text(config.data, settings)
+            config = resume.resume_group(run, changes)
+            text = texts.read_text(config.data, settings)
         else:
-            config, text, state = runs.resume(run, changes, settings)
+            config, text, state = resume.resume_run(run, changes, settings)
     print(text.corpus.describe())
-    args.seed_text = runs.check(text, config, args.seed_text)
+    args.seed_text = texts.check(text, config, args.seed_text)
     args.context = args.context or "window"
-    for note in runs.check_probes(text, config, args.probe):
+    for note in texts.check_probes(text, config, args.probe):
         print(note)
-    print(runs.describe(text))
+    print(texts.describe(text))
     print(f"on {runs.machine(config)}", flush=True)
     args.run_name = args.run_name or f"{text.corpus.name}-{args.preset or 'reference'}"
     run_id = found.info.run_id if found else None
@@ -141,14 +143,15 @@ def _train(
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """Flags that are no config, as tags: `--resume` takes them up again."""
-    from experiments import run as runs
+    from experiments import text as texts
 
-    return {"lm.context": args.context, "lm.seed_text": args.seed_text, "lm.probes": runs.probes_tag(args.probe)}
+    return {"lm.context": args.context, "lm.seed_text": args.seed_text, "lm.probes": texts.probes_tag(args.probe)}
 
 
 def _measure(run: TrackedRun, config: Config, text: Text, args: argparse.Namespace) -> dict[str, float]:
     """The figures of a run's best checkpoint, printed a line a split."""
     from experiments import run as runs
+    from experiments import text as texts
 
     contexts = ("window",) if args.context == "window" else ("window", "sliding")
     found: dict[str, float] = {}
@@ -156,7 +159,7 @@ def _measure(run: TrackedRun, config: Config, text: Text, args: argparse.Namespa
         if made := runs.measure(run, text, config, split, context, cli.is_terminal()):
             name = split if context == "window" else f"{context}_{split}"
             warning = "LEAKING, worth nothing: " if run.leaks else ""
-            words = runs.against_baseline(made, name, text.baseline)
+            words = texts.against_baseline(made, name, text.baseline)
             print(f"{warning}{name.replace('_', ' ')}, best checkpoint: {words}", flush=True)
             found |= made
     return found
@@ -201,7 +204,7 @@ def _train_member(
     tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary: TrackedRun
 ) -> tuple[TrackedRun, dict[str, float]]:
     """One seed of a group: trained, gone on with where it was begun, or only measured where it is done."""
-    from experiments import run as runs
+    from experiments import resume
 
     name = f"{args.run_name}-seed{config.train.seed}"
     members = [m for m in tracker.runs_of_group(summary.id) if m.data.params.get("seed") == str(config.train.seed)]
@@ -213,9 +216,9 @@ def _train_member(
             raise UserError(
                 f"a group's runs must have ended to be resumed: got {run.name}, which is running. Try then."
             )
-        if runs.has_checkpoint(run):
+        if resume.has_checkpoint(run):
             changes = {**cli.given(args), "epochs": config.train.epochs}
-            config, text, state = runs.resume(run, changes, tracker.settings)
+            config, text, state = resume.resume_run(run, changes, tracker.settings)
             return _train(tracker, config, text, args, name, {}, run.id, state)
     return _train(tracker, config, text, args, name, {"lm.group": summary.id})
 

@@ -25,7 +25,7 @@ from lm.errors import DivergedError, UserError
 if TYPE_CHECKING:
     import optuna
 
-    from experiments.run import Text
+    from experiments.text import Text
     from experiments.tracking import Tracker
 
 PATIENCE = 2
@@ -60,16 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments import report
     from experiments import run as runs
     from experiments import study as studies
+    from experiments import text as texts
     from experiments.settings import Settings
     from experiments.tracking import Tracker, store_lock
 
     settings = Settings.load()
     tracker = Tracker(settings)
-    text = runs.read_text(config.data, settings)
+    text = texts.read_text(config.data, settings)
     print(text.corpus.describe())
-    seed_text = runs.check(text, config, args.seed_text)
-    print(runs.describe(text))
-    for note in runs.check_probes(text, config, args.probe):
+    seed_text = texts.check(text, config, args.seed_text)
+    print(texts.describe(text))
+    for note in texts.check_probes(text, config, args.probe):
         print(note)
     print(f"on {runs.machine(config)}")
     preset = args.preset or "reference"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import captures, compare, train, tune
-from experiments import run as runs
+from experiments import text as texts
 from experiments.captures import Capture, load_attention
 from experiments.tracking import TrackedRun, Tracker
 from lm import attention, checkpoint
@@ -204,16 +204,16 @@ def test_probes_begin_where_a_record_begins_and_are_the_same_for_every_run(toy_c
     from lm.config import Config
 
     config = Config.from_flat({"corpus": str(toy_csv), "min_count": 1, "seq_len": 8})
-    text = runs.read_text(config.data, Settings.load())
-    made = runs.probes(text, config)
-    assert made == runs.probes(text, config.override({"seed": 5, "n_layers": 2}))
+    text = texts.read_text(config.data, Settings.load())
+    made = texts.probes(text, config)
+    assert made == texts.probes(text, config.override({"seed": 5, "n_layers": 2}))
     for ids in made.values():
         assert text.tokens.vocab.decode(ids).startswith("does the")
         assert len(ids) == 8
     n = len(text.tokens.ids["validation"])
     assert n > 256
-    long = runs.probes(text, config.override({"seq_len": 100_000}), ["the otter " * 400])
+    long = texts.probes(text, config.override({"seq_len": 100_000}), ["the otter " * 400])
     assert {len(ids) for ids in long.values()} == {256}
-    assert runs.check_probes(text, config.override({"seq_len": n}), ["the otter " * 400]) == [
+    assert texts.check_probes(text, config.override({"seq_len": n}), ["the otter " * 400]) == [
         "probe 1: the first 256 of its 800 tokens are kept"
     ]

@@ -1,0 +1,110 @@
+"""What a run, or a group of seeds, that stands in the store goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.settings import Settings
+from experiments.text import Text, read_text
+from experiments.tracking import TrackedRun
+from lm import checkpoint, runtime, train
+from lm.checkpoint import TrainState
+from lm.config import Config
+from lm.errors import UserError
+
+_MAY_CHANGE = {"epochs", "patience", "device"}
+
+
+def resume_run(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> tuple[Config, Text, TrainState]:
+    """The last checkpoint of a run, to go on with: its config, its text and its state.
+
+    Args:
+        changes: fields that may differ from then on: epochs, patience, device.
+
+    Raises:
+        UserError: another field changed, nothing left to do, no checkpoint or a damaged one, another corpus.
+    """
+    if run.is_live():
+        raise UserError(f"a run must have ended to be resumed: got {run.name}, which is running. Try when it has.")
+    fixed = sorted(set(changes) - _MAY_CHANGE)
+    if fixed:
+        raise UserError(
+            f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
+            "Try --epochs, --patience or --device alone, or a new run."
+        )
+    if run.tags().get("lm.kind") == "trial":
+        raise UserError(
+            f"a trial must stay as its study knows it: got {run.name}. Try train.py with the trial's own params."
+        )
+    folder = run.fetch_checkpoint("last")
+    loaded = checkpoint.load(folder)
+    config = loaded.config.override(changes)
+    if config.train.schedule != "constant" and config.train.epochs != loaded.config.train.epochs:
+        raise UserError(
+            f"a {config.train.schedule} schedule must keep its length: got --epochs {config.train.epochs}, the run has "
+            f"{loaded.config.train.epochs}. Try a new run."
+        )
+    device = runtime.resolve_device(config.train.device)
+    if device.type != "cpu":
+        loaded = checkpoint.load(folder, device)
+    text = read_text(config.data, settings)
+    if loaded.corpus_digest != text.corpus.digest:
+        raise UserError(
+            f"a run must be resumed on its own corpus: got digest {text.corpus.digest[:8]}, the run has "
+            f"{loaded.corpus_digest[:8]}. Try the settings of the run (LM_WIKIQA_DIR)."
+        )
+    if loaded.vocab.to_json() != text.tokens.vocab.to_json():
+        raise UserError(
+            "a run must be resumed with its own vocabulary: got another one for the same text. "
+            "Try the version of this project and of tokenizers that the run was made with."
+        )
+    logged = run.params()
+    for key, value in loaded.config.flat().items():
+        if key not in _MAY_CHANGE and logged.get(key) != str(value):
+            raise UserError(
+                f"a run's checkpoint must be its own: got {key}={value}, the run was logged with {logged.get(key)}. "
+                "Try the run's own folder."
+            )
+    done = loaded.state.epochs_done
+    if run.mlflow_run.info.status != "FINISHED" and done <= config.train.epochs:
+        return config, text, loaded.state  # at the least its end is missing: audit, model, test
+    if done >= config.train.epochs:
+        raise UserError(f"a finished run needs more epochs to go on: got {done} done. Try --epochs {done + 10}.")
+    if train.out_of_patience(loaded.state, config.train):
+        raise UserError(
+            f"a run that its patience ended needs more of it to go on: got --patience {config.train.patience}. "
+            f"Try --patience {config.train.patience + 5}."
+        )
+    return config, text, loaded.state
+
+
+def resume_group(summary: TrackedRun, changes: Mapping[str, Any]) -> Config:
+    """The config of a group of seeds, to complete it or to prolong all of it; that of its first seed.
+
+    Raises:
+        UserError: it is running or has not begun, or a change that its seeds cannot make together.
+    """
+    logged = summary.params()
+    if summary.is_live():
+        raise UserError(
+            f"a group must have ended to be resumed: got {summary.name}, which is running. Try when it has."
+        )
+    if "lm.epochs" not in summary.tags():
+        raise UserError(f"a group must have begun to be resumed: got {summary.name}. Try its command again.")
+    before = Config.from_text({**logged, "epochs": summary.tags()["lm.epochs"]})
+    config = before.override(changes)
+    may_grow = before.train.schedule == "constant" and not before.train.patience
+    if set(changes) - {"epochs", "device"} or not (
+        config.train.epochs == before.train.epochs or (may_grow and config.train.epochs > before.train.epochs)
+    ):
+        raise UserError(
+            "a resumed group must keep its config, but may have more epochs at a constant lr without patience: "
+            f"got {', '.join(f'--{name} {value}' for name, value in changes.items())}. Try --resume alone."
+        )
+    return config
+
+
+def has_checkpoint(run: TrackedRun) -> bool:
+    """Whether a run can be resumed: it has finished an epoch."""
+    return checkpoint.exists(run.checkpoints / "last") or "config.json" in run.artifacts("checkpoints/last")
