@@ -41,6 +41,14 @@ UI_PORT = 5000
 LEAK = "lm.leak"
 _OWNER = "lm.process"
 _METRICS_A_BATCH = 900
+ATTENTION_MEASURES = (
+    "change", "entropy", "entropy_share", "distance", "self", "previous", "first", "agreement", "previous_token",
+    "duplicate_token", "induction",
+)  # fmt: skip
+"""What `lm.attention` measures; the charts of each stand in a group of their own."""
+
+_VIEW, _VIEW_TAG = "lm", "mlflow.sharedViewState.lm"
+_FIRST_CHARTS = ("validation_perplexity", "validation_clean_perplexity", "train_perplexity", "test_perplexity")
 _PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
 
 
@@ -85,6 +93,8 @@ class Tracker:
                 raise UserError(
                     f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
+        if self.client.get_experiment(self.experiment_id).tags.get(_VIEW_TAG) != _charts_view():
+            self.client.set_experiment_tag(self.experiment_id, _VIEW_TAG, _charts_view())
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
         self._close_dead_runs()
 
@@ -218,7 +228,8 @@ class Tracker:
 
     def charts_link(self, base: str) -> str:
         """Address of the charts page that compares the experiment's runs."""
-        return f"{base}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={_VIEW}"
+        return f"{base}/#/experiments/{self.experiment_id}/runs?{query}"
 
     def compare_link(self, base: str, run_ids: Sequence[str]) -> str:
         """Address of the page that compares some runs, parallel coordinates first."""
@@ -374,6 +385,32 @@ class TrackedRun:
             file = Path(folder) / Path(path).name
             file.write_bytes(content)
             self.client.log_artifact(self.id, str(file), str(Path(path).parent))
+
+
+def _charts_view() -> str:
+    """The state of a shared view of the charts page, as the UI stores it in a tag of the experiment.
+
+    By itself the UI puts every group of metrics, open, before those without one: hundreds of charts of single heads
+    before the first perplexity. Here the runs' own figures come first, and heads are closed.
+    """
+    names = ["Model metrics", "attention", *(f"attention_{name}" for name in ATTENTION_MEASURES)]
+    sections = [
+        {
+            "uuid": f"lm-{i}", "name": name, "display": i < 2, "isReordered": i == 0, "deleted": False,
+            "isGenerated": True,
+        }
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    charts = [
+        {
+            "uuid": f"lm-{key}", "type": "LINE", "metricSectionId": "lm-0", "metricKey": key, "deleted": False,
+            "isGenerated": True, "lineSmoothness": 0, "xAxisScaleType": "linear", "scaleType": "linear", "range": {},
+            "xAxisKey": "step", "selectedXAxisMetricKey": "", "yAxisKey": "metric", "yAxisExpressions": [],
+            "ignoreOutliers": False, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True,
+        }
+        for key in _FIRST_CHARTS
+    ]  # fmt: skip
+    return json.dumps({"compareRunSections": sections, "compareRunCharts": charts, "isAccordionReordered": True})
 
 
 def store_lock(settings: Settings) -> FileLock:

@@ -7,7 +7,7 @@ import pytest
 from experiments import captures, compare, train, tune
 from experiments import text as texts
 from experiments.captures import Capture, load_attention
-from experiments.tracking import TrackedRun, Tracker
+from experiments.tracking import ATTENTION_MEASURES, TrackedRun, Tracker
 from lm import attention, checkpoint
 from lm.errors import UserError
 from tests.experiments.test_plots import HTML_LIKE, history
@@ -71,6 +71,7 @@ def test_a_run_keeps_the_attention_of_each_epoch(
     )
     steps = [p.step for p in tracker.client.get_metric_history(run.id, "attention_induction/layer1_head1")]
     assert steps == [0, 1, 2, 3]
+    assert set(made.measures) == set(ATTENTION_MEASURES)
     assert run.tags()["lm.attention"] == made.verdict()
     assert f"attention {made.verdict()}" in printed
     assert run.fetch_artifact("attention.html") is not None

@@ -60,20 +60,25 @@ def test_charts_compare_and_attention_are_drawn_in_the_ui(ui: tuple[str, Tracker
     trial = tracker.client.search_runs([tracker.experiment_id], "tags.`lm.trial` = '0'")[0]
     with open_browser(base) as (page, _):
         page.goto(charts)
-        page.get_by_placeholder("Search metric charts").fill("validation_perplexity", timeout=60_000)
-        page.locator("text='validation_perplexity' >> visible=true").first.wait_for(timeout=60_000)
         page.wait_for_selector(".js-plotly-plot", timeout=60_000)
         page.wait_for_timeout(2000)
         screenshot(page, "mlflow-charts")
         assert "trial 00" in page.content()
+        shown = page.locator("body").inner_text()
+        places = [shown.index(f"\n{name}\n") for name in ("Model metrics", "validation_perplexity", "train_perplexity")]
+        assert places == sorted(places)
+        assert shown.index("attention_entropy\n(") > places[-1]
+        assert "layer1_head1" not in shown  # groups of heads are closed
 
         page.goto(compare)
         page.wait_for_selector("text=Comparing 4 Runs", timeout=60_000)
         screenshot(page, "mlflow-compare")
 
-        for artifact in ("attention/epoch_002.html", "attention.html"):
+        for artifact, title in (("attention/epoch_002.html", "epoch 2"), ("attention.html", "over training")):
             page.goto(tracker.run_link(base, trial.info.run_id, artifact))
+            page.reload()  # the address of another artifact of the same run alone changes nothing
             frame = page.frame_locator("iframe")
+            frame.locator(f"h1:has-text('{title}')").wait_for(timeout=60_000)
             frame.locator("#head0 .heatmaplayer image").wait_for(timeout=60_000)
             frame.locator("#grid button[data-layer='1'][data-head='1']").click()
             assert "layer 2, head 2" in frame.locator("#head0").inner_text()
