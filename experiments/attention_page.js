@@ -231,7 +231,7 @@ async function start() {
     ArrowLeft: () => ({head: around(Math.max(view.head, 0), -1, nHeads)}), ArrowRight: () => ({head: around(Math.max(view.head, 0), 1, nHeads)}),
     ArrowUp: () => ({layer: around(view.layer, -1, nLayers)}), ArrowDown: () => ({layer: around(view.layer, 1, nLayers)}),
     ",": () => ({epoch: around(view.epoch, -1, epochs.length)}), ".": () => ({epoch: around(view.epoch, 1, epochs.length)}),
-    a: () => ({head: view.head === AVERAGE || nHeads < 2 ? 0 : AVERAGE}), l: () => ({scale: view.scale === "log" ? "linear" : "log"}),
+    a: () => ({head: view.head === AVERAGE || nHeads < 2 ? 0 : AVERAGE}), l: () => $("scale").disabled ? {} : {scale: view.scale === "log" ? "linear" : "log"},
     d: () => ({show: $("show").options[around($("show").selectedIndex, 1, $("show").options.length)].value}),
   };
   document.addEventListener("keydown", e => {

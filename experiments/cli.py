@@ -67,7 +67,7 @@ def add_config_flags(parser: Parser, **changed_defaults: Any) -> None:
         "--preset",
         choices=sorted(PRESETS),
         default=None,
-        help="reference recipe, or a tiny model for a first look (default: reference)",
+        help="reference recipe, the best found for its width and depth, or a tiny model for a first look",
     )
     for section in SECTIONS:
         group = parser.add_argument_group((section.__doc__ or "").split("\n")[0])

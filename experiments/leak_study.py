@@ -67,7 +67,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, train each cell, print the table, write the page, and fail if a fault went unnoticed."""
     parser = cli.Parser(__doc__ or "")
-    parser.add_argument("--full", action="store_true", help="the write-up's size (default: a small network)")
+    parser.add_argument("--full", action="store_true", help="the write-up's size, and the reference recipe")
     parser.add_argument("--windows", type=int, help=f"(default: {_QUICK_WINDOWS:,}, or {_FULL_WINDOWS:,} with --full)")
     parser.add_argument("--cells", type=int, nargs="+", metavar="N", help="only these cells, by number (default: all)")
     cli.add_config_flags(parser, **_QUICK)

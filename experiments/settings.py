@@ -1,6 +1,6 @@
 """Places and secrets: the only reader of `.env` and of the environment. `.env.example` documents each setting.
 
-Precedence: flag, environment, `.env`, default. Relative paths are taken from the project's root, so that every
+Precedence: environment, `.env`, default. Relative paths are taken from the project's root, so that every
 program finds the same store from any working directory.
 """
 

@@ -1,6 +1,7 @@
 """Text to attention maps: what each head of each layer looks at, and measures of it.
 
-All measures leave out the first position, which can look at itself alone, and are means over the others.
+Measures of a map leave out the first position, which can look at itself alone, and are means over the others; kinds of
+heads are means over the repeated half of random tokens.
 
 Shape suffixes: L layers, H heads, T query position, S key position; a star stands for any leading dimensions.
 """
