@@ -133,7 +133,8 @@ def _side(tracker: Tracker, name: str, members: Sequence[MlflowRun], split: str)
                 f"a run must have scores on {split} to be compared: got {run.name}, which has none. "
                 f"Try {'--split validation, or ' if split == 'test' else ''}a run that train.py finished."
             )
-        sheet, best = Sheet.read(file), run.fetch_artifact("scores/validation.safetensors")
+        sheet = Sheet.read(file)
+        best = run.fetch_artifact("scores/validation.safetensors") if split != "validation" else None
         if best is not None and Sheet.read(best).epoch != sheet.epoch:
             raise UserError(
                 f"a run must be compared at its best epoch: got {run.name}, whose {split} scores are of epoch "

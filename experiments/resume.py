@@ -85,14 +85,14 @@ def resume_group(summary: TrackedRun, changes: Mapping[str, Any]) -> Config:
     Raises:
         UserError: it is running or has not begun, or a change that its seeds cannot make together.
     """
-    logged = summary.params()
+    tags = summary.tags()
     if summary.is_live():
         raise UserError(
             f"a group must have ended to be resumed: got {summary.name}, which is running. Try when it has."
         )
-    if "lm.epochs" not in summary.tags():
+    if "lm.epochs" not in tags:
         raise UserError(f"a group must have begun to be resumed: got {summary.name}. Try its command again.")
-    before = Config.from_text({**logged, "epochs": summary.tags()["lm.epochs"]})
+    before = Config.from_text({**summary.params(), "epochs": tags["lm.epochs"]})
     config = before.override(changes)
     may_grow = before.train.schedule == "constant" and not before.train.patience
     if set(changes) - {"epochs", "device"} or not (

@@ -93,8 +93,9 @@ class Tracker:
                 raise UserError(
                     f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
-        if self.client.get_experiment(self.experiment_id).tags.get(_VIEW_TAG) != _charts_view():
-            self.client.set_experiment_tag(self.experiment_id, _VIEW_TAG, _charts_view())
+        view = _charts_view()
+        if self.client.get_experiment(self.experiment_id).tags.get(_VIEW_TAG) != view:
+            self.client.set_experiment_tag(self.experiment_id, _VIEW_TAG, view)
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
         self._close_dead_runs()
 
