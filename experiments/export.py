@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -21,6 +22,7 @@ import lm
 REGISTERED = "lm"
 CHAMPION = "champion"
 SERVE_PORT = 5001
+_EPOCH = "lm.epoch"
 _REQUIRED = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "tqdm")
 
 
@@ -54,8 +56,37 @@ def log_model(
         example: a seed text of known words, which MLflow shows and tries.
 
     Returns:
-        the model's id.
+        the model's id; that of the model which stands there already, if a process died between logging and saying so.
     """
+    made = _made_before(client, run_id, epoch) or _log(run_id, checkpoint, epoch, example)
+    known = {metric.key for metric in client.get_logged_model(made).metrics or []}
+    for key, value in metrics.items():
+        if key not in known:
+            client.log_metric(
+                run_id,
+                key,
+                value,
+                step=epoch,
+                model_id=made,
+                dataset_name=dataset[0],
+                dataset_digest=dataset[1][:32],
+            )
+    return made
+
+
+def _made_before(client: mlflow.MlflowClient, run_id: str, epoch: int) -> str | None:
+    """The run's model of an epoch; what a process left half made is removed."""
+    experiment = client.get_run(run_id).info.experiment_id
+    found: str | None = None
+    for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
+        if model.status != LoggedModelStatus.READY:
+            client.delete_logged_model(model.model_id)
+        elif model.tags.get(_EPOCH) == str(epoch):
+            found = model.model_id
+    return found
+
+
+def _log(run_id: str, checkpoint: Path, epoch: int, example: str) -> str:
     here = Path(__file__).parent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns of its own defaults; the signature is tested
@@ -65,6 +96,7 @@ def log_model(
             name="model",
             run_id=run_id,
             step=epoch,
+            tags={_EPOCH: str(epoch)},
             python_model=str(here / "serving_model.py"),
             artifacts={"checkpoint": str(checkpoint)},
             code_paths=[str(Path(lm.__file__).parent)],
@@ -74,18 +106,7 @@ def log_model(
                 {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1},
             ),
         )
-    model_id = str(info.model_id)
-    for key, value in metrics.items():
-        client.log_metric(
-            run_id,
-            key,
-            value,
-            step=epoch,
-            model_id=model_id,
-            dataset_name=dataset[0],
-            dataset_digest=dataset[1][:32],
-        )
-    return model_id
+    return str(info.model_id)
 
 
 def register_champion(

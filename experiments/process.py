@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 
 def own_name() -> str:
     """`host:pid:start`; the start tells a process from a later one of the same pid."""
-    return f"{platform.node()}:{os.getpid()}:{_started(os.getpid())}"
+    return f"{_host()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def is_gone(name: str) -> bool:
     """Whether a process of this host has ended; False for those of other hosts, which cannot be seen from here."""
     host, _, rest = name.partition(":")
     pid, _, start = rest.partition(":")
-    if host != platform.node() or not pid.isdigit():
+    if host != _host() or not pid.isdigit():
         return False
     try:
         os.kill(int(pid), 0)
@@ -25,6 +27,16 @@ def is_gone(name: str) -> bool:
     except PermissionError:
         pass
     return _started(int(pid)) != start
+
+
+@cache
+def _host() -> str:
+    """The machine's name; with its boot and its namespace of pids, so that containers of one name are told apart."""
+    try:
+        boot, pids = Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return platform.node()
+    return f"{platform.node()}~{hashlib.sha256((boot + pids).encode()).hexdigest()[:8]}"
 
 
 def _started(pid: int) -> str:

@@ -6,16 +6,22 @@ python experiments/report.py STUDY
 
 from __future__ import annotations
 
+import html
+import shlex
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from lm.config import PRESETS
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+    from experiments.settings import Settings
     from experiments.tracking import TrackedRun, Tracker
 
 _ROWS = 8
@@ -28,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse(argv)
 
     from experiments import study as studies
+    from experiments.locks import store_lock
     from experiments.settings import Settings
-    from experiments.tracking import Tracker, store_lock
+    from experiments.tracking import Tracker
 
     settings = Settings.load()
     tracker = Tracker(settings)
@@ -51,7 +58,7 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     if len(rows) > len(shown):
         print(f"... and {len(rows) - len(shown)} more on the page below")
     for trial in studies.failed(study):
-        print(f"trial {trial.number} failed: {tracker.tags(trial.user_attrs[studies.RUN_ID]).get('lm.reason', '')}")
+        print(f"trial {trial.number} failed: {trial.user_attrs.get(studies.REASON, '')}")
     path, link = write_page(study, tracker, ranked, header, rows)
     complete = studies.complete(study)
     if complete:
@@ -75,6 +82,7 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     print(f"compare  {tracker.compare_link(base, run_ids)}")
     print(f"summary  {link}")
     if complete:
+        print(f"again    {train_command(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))}")
         print(f"serve    {export.serve_command(tracker.settings.tracking_uri)}")
 
 
@@ -89,10 +97,60 @@ def table(study: optuna.Study, ranked: Sequence[FrozenTrial]) -> tuple[list[str]
     for trial in ranked:
         value = studies.best_value(trial)
         change = f"{(value / origin - 1) * 100:+.1f} %" if origin else ""
-        values = [f"{trial.params[p]:.3g}" if p in trial.params else "" for p in params]
+        values = [_short(trial.params[p]) if p in trial.params else "" for p in params]
         epochs = str(max(trial.intermediate_values, default=0))
         rows.append([str(trial.number), *values, epochs, trial.state.name.lower(), f"{value:.2f}", change])
     return ["trial", *params, "epochs", "state", "perplexity", "to trial 0"], rows
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def train_command(run: TrackedRun) -> str:
+    """The command that trains a run's config again, in one line."""
+    from lm.config import Config
+
+    config, preset = Config.from_text(run.params()), run.tags().get("lm.preset", "reference")
+    base = Config.from_flat(PRESETS[preset]).flat()
+    words = ["python experiments/train.py", *([] if preset == "reference" else [f"--preset {preset}"])]
+    for name, value in config.flat().items():
+        if value != base[name]:
+            flag = name.replace("_", "-")
+            yes = "" if value else "no-"
+            words.append(f"--{yes}{flag}" if isinstance(value, bool) else f"--{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+def status(settings: Settings, name: str | None) -> None:
+    """Print how a study stands, and each trial that is not finished; reads the study's storage alone."""
+    from experiments import study as studies
+    from experiments.locks import store_lock
+
+    with store_lock(settings):
+        storage = studies.open_storage(settings.optuna_storage, settings.heartbeat_seconds)
+    study = studies.latest_study(storage, name)
+    trials = study.get_trials(deepcopy=False)
+    counts = Counter(t.state.name.lower() for t in trials)
+    told = ", ".join(f"{n} {state.replace('fail', 'failed')}" for state, n in counts.items())
+    print(f"study {study.study_name}: {told} of {study.user_attrs.get(studies.TOTAL, len(trials))} trials")
+    for trial in trials:
+        if not trial.state.is_finished():
+            epochs = max(trial.intermediate_values, default=0)
+            point = "  ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+            print(f"trial {trial.number}  {trial.state.name.lower()} after epoch {epochs}  {point}{_last_seen(trial)}")
+    if ranked := studies.finished(study):
+        best = ranked[0]
+        print(f"best: trial {best.number}, perplexity {studies.best_value(best):.2f}")
+    if counts["waiting"] or counts["running"]:
+        print("Next: the same tune.py command goes on with what waits")
+
+
+def _last_seen(trial: FrozenTrial) -> str:
+    from experiments.study import SHIFTS
+
+    shifts = trial.user_attrs.get(SHIFTS, [])
+    return f"  {shifts[-1][0]}, {cli.duration(time.time() - shifts[-1][2])} ago" if shifts else ""
 
 
 def write_page(
@@ -107,7 +165,7 @@ def write_page(
     Returns:
         the file, and the page's address in the UI.
     """
-    from experiments import plots
+    from experiments import plots, study_page
     from experiments import study as studies
 
     about = f"{len(ranked)} trials; value is the lowest validation perplexity of a trial's epochs."
@@ -117,8 +175,9 @@ def write_page(
     if ranked:
         logged = tracker.open_run(ranked[0].user_attrs[studies.RUN_ID]).metrics()
         baseline = logged.get("baseline_perplexity")
-    figures = studies.figures(study, baseline) if ranked else []
-    page = plots.report_page(f"Study {study.study_name}", about, figures, plots.html_table(header, rows))
+    figures = study_page.figures(study, baseline) if ranked else []
+    table = plots.html_table(header, rows) + _winner(tracker, complete)
+    page = plots.report_page(f"Study {study.study_name}", about, figures, table)
     standing = tracker.runs_of_study(study.study_name, "study")
     tags = {"lm.kind": "study", "lm.study": study.study_name}
     with tracker.run(study.study_name, tags, standing[0].info.run_id if standing else None) as run:
@@ -127,6 +186,23 @@ def write_page(
             run.log_metrics({"best_validation_perplexity": studies.best_value(ranked[0])}, len(ranked))
             run.log_tags({"lm.best_trial": ranked[0].number, "lm.best_params": ranked[0].params})
     return path, link
+
+
+def _winner(tracker: Tracker, complete: Sequence[FrozenTrial]) -> str:
+    """HTML: the winner's config, and the command that trains it again."""
+    from experiments import plots
+    from experiments import study as studies
+    from lm.config import Config
+
+    if not complete:
+        return ""
+    run = tracker.open_run(complete[0].user_attrs[studies.RUN_ID])
+    rows = [[name, str(value)] for name, value in Config.from_text(run.params()).flat().items()]
+    command = html.escape(train_command(run))
+    return (
+        f"<h2>The best trial</h2><p>Trained again by</p><pre>{command}</pre>"
+        f"{plots.html_table(['hyperparameter', 'value'], rows)}"
+    )
 
 
 def _measured(winner: TrackedRun) -> str:

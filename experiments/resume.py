@@ -105,6 +105,33 @@ def resume_group(summary: TrackedRun, changes: Mapping[str, Any]) -> Config:
     return config
 
 
+def resume_trial(run: TrackedRun, config: Config, text: Text) -> TrainState | None:
+    """The state of a study's run that another process began; None where no epoch of it is whole, which is said.
+
+    Raises:
+        UserError: the checkpoint is of another config.
+    """
+    if not has_checkpoint(run):
+        return None
+    device = runtime.resolve_device(config.train.device)
+    logged = max(run.history("validation_perplexity"), default=0)
+    try:
+        loaded = checkpoint.load(run.fetch_checkpoint("last"), device)
+        if loaded.state.epochs_done < logged - 1:  # another machine went on since
+            loaded = checkpoint.load(run.fetch_checkpoint("last", again=True), device)
+    except UserError as e:
+        print(f"{run.name} begins again: {e}")
+        return None
+    here, there = config.flat(), loaded.config.flat()
+    changed = [name for name in here if name != "device" and here[name] != there[name]]
+    if changed or loaded.corpus_digest != text.corpus.digest:
+        raise UserError(
+            f"a trial's checkpoint must be its own: got another {', '.join(changed) or 'text'} in {run.name}. "
+            "Try the store that the study was made with."
+        )
+    return loaded.state
+
+
 def has_checkpoint(run: TrackedRun) -> bool:
     """Whether a run can be resumed: it has finished an epoch."""
     return checkpoint.exists(run.checkpoints / "last") or "config.json" in run.artifacts("checkpoints/last")

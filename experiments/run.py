@@ -61,8 +61,6 @@ def train_and_log(
         run.log_params({**text.shares, **text.baseline})  # facts of the text, which would crowd the charts
         run.log_corpus(text.corpus)
     audit_run(run, state.model, text, config, allow_leak, (windows["train"], windows["validation"]))
-    if is_new:
-        run.log_metrics({"baseline_perplexity": text.baseline["baseline_perplexity"]}, step=0)
     run.log_tags(
         {
             "lm.device": machine(config),
@@ -74,11 +72,13 @@ def train_and_log(
     if is_new:
         taken = [_capture(state.model, vocab, read, 0, None)]
         captures.log(run, taken[0])
-        run.log_metrics(captures.metrics(taken[0]), step=0)
+        baseline = text.baseline["baseline_perplexity"]
+        run.log_once({"baseline_perplexity": baseline, **captures.metrics(taken[0])}, step=0)
     else:
         taken = captures.read(run, state.epochs_done)
 
     for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
+        run.require_owner()
         if report.is_best:
             # Before its figures are logged: a leak may be learned.
             audit_run(run, state.model, text, config, allow_leak, paths=["evaluation"])
@@ -110,7 +110,9 @@ def train_and_log(
         measured = measure(run, text, config, "validation", "window", progress)
         metrics = {"best_epoch": float(state.best_epoch), **{f"best_{key}": value for key, value in measured.items()}}
         dataset = (text.corpus.name, text.corpus.digest)
-        model_id = export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
+        model_id = run.steady(
+            lambda: export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
+        )
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
 
 
@@ -172,7 +174,8 @@ def measure(
     made = figures(text, split, scores, name)
     _log_sheet(run, text, name, scores, config, best.epochs_done)
     if name != "validation" and not was_read:  # those the epoch itself has logged
-        run.log_metrics(made, best.epochs_done, {done: best.epochs_done})
+        run.log_once(made, best.epochs_done)
+        run.log_tags({done: best.epochs_done})
     return made
 
 

@@ -27,6 +27,7 @@ class Settings:
     tracking_uri: str
     artifact_root: str
     optuna_storage: str
+    heartbeat_seconds: int
     experiment: str
     wikiqa_dir: Path | None
     wikiqa_revision: str
@@ -64,6 +65,7 @@ class Settings:
             if artifacts and "://" in artifacts
             else str(_absolute(artifacts or str(mlruns / "artifacts"))),
             optuna_storage=_absolute_uri(get("OPTUNA_STORAGE") or f"sqlite:///{mlruns / 'optuna.db'}"),
+            heartbeat_seconds=_seconds("LM_HEARTBEAT_SECONDS", get("LM_HEARTBEAT_SECONDS") or "10"),
             experiment=get("MLFLOW_EXPERIMENT_NAME") or "lm",
             wikiqa_dir=_absolute(wikiqa) if wikiqa else None,
             wikiqa_revision=get("LM_WIKIQA_REVISION") or "main",
@@ -75,6 +77,12 @@ def _absolute(path: str) -> Path:
         return (ROOT / Path(path).expanduser()).resolve()
     except RuntimeError as e:
         raise UserError(f"a folder must be one that can be found: got {path} ({e}). Try its full path.") from e
+
+
+def _seconds(name: str, value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"{name} must be a whole number of seconds above 0: got {value!r}. Try 10.")
+    return int(value)
 
 
 def _absolute_uri(uri: str) -> str:

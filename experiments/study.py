@@ -1,42 +1,55 @@
-"""Optuna: the storage, the study, its trials and its figures. Knows neither MLflow nor training.
-
-The total of a study counts trials that are complete, pruned, running, or failed for good; a trial whose process died
-or was interrupted is queued again with the same parameters, and counts when it is taken up.
-"""
+"""Optuna: the storage, the study and how its trials rank. Knows neither MLflow nor training."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from experiments.plots import add_level
-from experiments.process import is_gone, own_name
 from lm.errors import UserError
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 RUN_ID = "mlflow_run_id"
-_OWNER = "owner"
-_FAILED_FOR_GOOD = "failed_for_good"
-_REQUEUED = "requeued"
+OWNER = "owner"
+REASON = "reason"
+TOTAL = "total"
+SHIFTS = "shifts"
+"""Who worked on a trial: [worker, began, last seen, epochs before, epochs after, how it ended if it died], each."""
+_GRACE = 6
 _STARTUP_TRIALS = 4
 _FIRST_PRUNED_EPOCH = 2
 
 
-def open_storage(uri: str) -> optuna.storages.RDBStorage:
+def open_storage(uri: str, heartbeat_seconds: int = 10) -> optuna.storages.RDBStorage:
     """Open Optuna's storage and create its schema; the caller holds the store's lock.
 
     Raises:
-        UserError: it cannot be reached or written.
+        UserError: it cannot be reached or written, or is neither SQLite nor PostgreSQL.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kind = uri.split(":")[0].split("+")[0]
+    if kind not in ("sqlite", "postgresql"):
+        raise UserError(
+            f"OPTUNA_STORAGE must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE: got {kind}. "
+            "Try one of them."
+        )
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if kind == "sqlite":
+        options["connect_args"] = {"timeout": 60}
     try:
-        return optuna.storages.RDBStorage(uri)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+            return optuna.storages.RDBStorage(
+                uri,
+                engine_kwargs=options,
+                heartbeat_interval=heartbeat_seconds,
+                grace_period=_GRACE * heartbeat_seconds,
+            )
+    except ModuleNotFoundError as e:
+        raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
     except Exception as e:  # SQLAlchemy's and the drivers' errors have no common base
         first = str(e).splitlines()[0][:200]
         raise UserError(
@@ -44,73 +57,38 @@ def open_storage(uri: str) -> optuna.storages.RDBStorage:
         ) from e
 
 
-def open_study(storage: optuna.storages.RDBStorage, name: str, first_point: Mapping[str, Any]) -> optuna.Study:
-    """Create the study, with the recipe's own point as trial 0, or go on with it."""
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        direction="minimize",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=_FIRST_PRUNED_EPOCH),
-    )
+def open_study(storage: optuna.storages.RDBStorage, name: str, first_point: Mapping[str, Any], total: int) -> None:
+    """Create the study, with the recipe's own point as trial 0, if it is not there; the caller holds the store's lock.
+
+    `total` is how many trials it is to have, which is kept for whoever asks how it stands.
+    """
+    study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(dict(first_point))
-    return study
+    study.set_user_attr(TOTAL, max(total, study.user_attrs.get(TOTAL, 0)))
 
 
-def count(study: optuna.Study) -> int:
-    """Trials that count towards the total, the queued ones not among them."""
-    return sum(
-        t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        or (t.state == TrialState.FAIL and _FAILED_FOR_GOOD in t.user_attrs)
-        for t in study.get_trials(deepcopy=False)
-    )
+@dataclass(frozen=True)
+class Plans:
+    """How points are drawn and when trials stop early; both may differ from worker to worker."""
 
+    sampler: str = "tpe"
+    pruner: str = "median"
 
-def ask(study: optuna.Study, total: int, seed: int) -> Trial | None:
-    """The next trial, marked as this process's; None if the study has its total. The caller holds the store's lock.
+    def new_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        """A sampler whose draws follow from the seed and the trials before."""
+        seed %= 2**32
+        if self.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
 
-    What a trial draws follows from the seed, its number and the trials before it: neither two processes nor a
-    study that is continued draw the same point twice.
-    """
-    if count(study) >= total:
-        return None
-    n_trials = len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(seed=(seed + n_trials) % 2**32, n_startup_trials=_STARTUP_TRIALS)
-    trial = study.ask()
-    trial.set_user_attr(_OWNER, own_name())
-    return trial
-
-
-def release_dead(study: optuna.Study) -> None:
-    """Fail and queue again the running trials whose process on this host is gone. The caller holds the store's lock."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner = trial.user_attrs.get(_OWNER)
-        if owner is None or is_gone(owner):  # without an owner it died in `ask`, which this host's lock keeps us out of
-            requeue(study, trial)
-
-
-def requeue(study: optuna.Study, trial: Trial | FrozenTrial) -> None:
-    """Tell a trial as failed and queue its parameters again, also those it was queued with and had not yet drawn."""
-    trials = study.get_trials(deepcopy=False)
-    frozen = trials[trial.number]
-    queued: dict[str, Any] = frozen.system_attrs.get("fixed_params", {})
-    params = {**queued, **frozen.params}
-    # First queued, then told: a process that dies in between leaves the trial to be released again, not lost.
-    if params and not any(t.user_attrs.get(_REQUEUED) == trial.number for t in trials):
-        study.enqueue_trial(params, user_attrs={_REQUEUED: trial.number})
-    study.tell(trial.number, state=TrialState.FAIL)
-
-
-def tell_pruned(study: optuna.Study, trial: Trial) -> None:
-    """Tell a trial as pruned; its reported epochs stay."""
-    study.tell(trial, state=TrialState.PRUNED)
-
-
-def tell_failed(study: optuna.Study, trial: Trial) -> None:
-    """Tell a trial as failed for good: its own parameters are the cause, and it counts."""
-    trial.set_user_attr(_FAILED_FOR_GOOD, True)
-    study.tell(trial, state=TrialState.FAIL)
+    def new_pruner(self) -> optuna.pruners.BasePruner:
+        """The rule that stops trials."""
+        if self.pruner == "none":
+            return optuna.pruners.NopPruner()
+        if self.pruner == "halving":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=_FIRST_PRUNED_EPOCH, reduction_factor=2)
+        return optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=_FIRST_PRUNED_EPOCH)
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -125,19 +103,14 @@ def complete(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def origin(study: optuna.Study) -> FrozenTrial | None:
-    """The finished trial of the recipe's own point: trial 0, or the one that took it up after an interruption."""
-    trials = study.get_trials(deepcopy=False)
-    number, found = 0, trials[0] if trials else None
-    for trial in trials[1:]:
-        if trial.user_attrs.get(_REQUEUED) == number:
-            number, found = trial.number, trial
-    return found if found is not None and found.intermediate_values else None
+    """Trial 0, the recipe's own point, once it has finished an epoch."""
+    first = study.get_trials(deepcopy=False)[:1]
+    return first[0] if first and first[0].intermediate_values else None
 
 
 def failed(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that failed for good."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return [t for t in trials if _FAILED_FOR_GOOD in t.user_attrs]
+    """Trials that failed."""
+    return study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
 
 
 def best_value(trial: FrozenTrial) -> float:
@@ -163,54 +136,3 @@ def latest_study(storage: optuna.storages.RDBStorage, name: str | None) -> optun
     if name is not None and name not in known:
         raise UserError(f"a study must be named as it is stored: got {name!r}. Try {known[-1]}.")
     return optuna.load_study(study_name=name or known[-1], storage=storage)
-
-
-def importances(study: optuna.Study) -> dict[str, float]:
-    """How much each parameter decides whether a trial is among the best (PED-ANOVA, Watanabe et al. 2023).
-
-    Empty where there are too few trials to tell: Optuna warns then and calls all parameters equal.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            return optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except (ValueError, RuntimeError, UserWarning):
-            return {}
-
-
-def figures(study: optuna.Study, baseline: float | None) -> list[tuple[str, str, go.Figure]]:
-    """Heading, a line on how to read it, and the figure, for the study's page.
-
-    `baseline` is drawn as a line: the perplexity of the n-gram model on the same tokens.
-    """
-    import plotly.graph_objects as go
-    from optuna import visualization
-
-    params = space_of(study)
-    history = visualization.plot_optimization_history(study, target_name="validation perplexity")
-    epochs = visualization.plot_intermediate_values(study)
-    epochs.update_layout(xaxis_title="epoch", yaxis_title="validation perplexity")
-    parallel = visualization.plot_parallel_coordinate(study, params=params, target_name="perplexity")
-    slices = visualization.plot_slice(study, params=params, target_name="perplexity")
-    for figure in (history, epochs, slices):
-        figure.update_yaxes(type="log")  # a trial that did not learn would flatten the others
-    if baseline is not None:
-        trials = study.get_trials(deepcopy=False)
-        last_epoch = max((epoch for t in trials for epoch in t.intermediate_values), default=1)
-        for figure, ends in ((history, (0, len(trials) - 1)), (epochs, (1, last_epoch))):
-            add_level(figure, baseline, f"n-gram baseline {baseline:.1f}", ends)
-    made: list[tuple[str, str, go.Figure]] = [
-        ("History", "Each point is a trial that ran to its end; the line is the best so far.", history),
-        ("Epoch by epoch", "Validation perplexity of each trial as it learned; pruned trials stop early.", epochs),
-    ]
-    if shares := importances(study):
-        bars = go.Figure(go.Bar(x=list(shares.values()), y=list(shares), orientation="h"))
-        how = "How much each parameter decides whether a trial is among the best (PED-ANOVA); rough for few trials."
-        made.append(("Importances", how, bars))
-    made += [
-        ("Parallel coordinates", "A line is a trial; drag along an axis to keep only some.", parallel),
-        ("Slices", "Perplexity against one parameter at a time; darker points came later.", slices),
-    ]
-    return made

@@ -12,34 +12,42 @@ import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
 
 import mlflow
-from filelock import FileLock
+import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.time import get_current_time_millis
 
+from experiments.locks import local_path, store_lock
 from experiments.process import is_gone, own_name
 from experiments.settings import ROOT, Settings
+from experiments.steady import keep_trying, steadied
 from lm.errors import UserError
 
 if TYPE_CHECKING:
     from lm.corpus import Corpus
     from lm.train import EpochReport
 
+T = TypeVar("T")
+
 UI_PORT = 5000
 LEAK = "lm.leak"
 _OWNER = "lm.process"
+_WEIGHTS = "lm.weights"
 _METRICS_A_BATCH = 900
 ATTENTION_MEASURES = (
     "change", "entropy", "entropy_share", "distance", "self", "previous", "first", "agreement", "previous_token",
@@ -52,14 +60,24 @@ _FIRST_CHARTS = ("validation_perplexity", "validation_clean_perplexity", "train_
 _PACKAGES = ("torch", "mlflow", "optuna", "datasets", "plotly", "tokenizers", "safetensors", "numpy")
 
 
-class PrunedError(Exception):
-    """Raised where a trial is found not worth going on with; its run ends KILLED with this reason."""
+class StoppedError(Exception):
+    """Raised where a run is to stop early; it ends KILLED with this reason."""
+
+
+class PrunedError(StoppedError):
+    """The trial is found not worth going on with."""
+
+
+class LostRunError(Exception):
+    """Another process has taken over the run, and decides its status."""
 
 
 def quiet() -> None:
     """Keep MLflow's and alembic's news off the terminal; warnings stay."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a trace for each call to a store away
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # calls are made again here, where it is known how
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -81,7 +99,8 @@ class Tracker:
             try:
                 mlflow.set_tracking_uri(settings.tracking_uri)
                 mlflow.set_registry_uri(settings.tracking_uri)
-                self.client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
+                self._plain = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
+                self.client = self._plain
                 self.experiment_id = self._experiment()
             except UserError:
                 raise
@@ -97,6 +116,7 @@ class Tracker:
         if self.client.get_experiment(self.experiment_id).tags.get(_VIEW_TAG) != view:
             self.client.set_experiment_tag(self.experiment_id, _VIEW_TAG, view)
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
+        self.client = steadied(self._plain, is_passing, "the MLflow store")
         self._close_dead_runs()
 
     def _close_dead_runs(self) -> None:
@@ -125,14 +145,16 @@ class Tracker:
         """
         if run_id is None:
             all_tags = {**_origin_tags(), **tags, _OWNER: own_name()}
-            run_id = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id
+            run_id = self._create_run(name, all_tags)
         else:
             self.client.set_tag(run_id, _OWNER, own_name())
             self.client.update_run(run_id, status="RUNNING")
         run = self.open_run(run_id)
         try:
             yield run
-        except PrunedError as e:
+        except LostRunError:
+            raise
+        except StoppedError as e:
             self.close(run_id, "KILLED", str(e))
             raise
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -142,6 +164,49 @@ class Tracker:
             self.close(run_id, "FAILED", f"{type(e).__name__}: {e}")
             raise
         self.close(run_id, "FINISHED", "")
+
+    def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
+        """Create a run, once, also where the store's first answer is lost."""
+        key = uuid4().hex
+
+        def found() -> list[str]:
+            query = f"tags.`lm.key` = '{key}'"
+            return [run.info.run_id for run in self._plain.search_runs([self.experiment_id], query)]
+
+        def create() -> str:
+            nonlocal tried
+            known, tried = found() if tried else [], True
+            if known:
+                return known[0]
+            return self._plain.create_run(self.experiment_id, tags={**tags, "lm.key": key}, run_name=name).info.run_id
+
+        tried = False
+        return keep_trying(create, is_passing, "the MLflow store")
+
+    def run_of_trial(self, study: str, trial: int) -> str | None:
+        """The id of a trial's run, also where its process died before the study knew it; None if there is none."""
+        query = f"tags.`lm.study` = '{study}' and tags.`lm.kind` = 'trial' and tags.`lm.trial` = '{trial}'"
+        found = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def remove_weights(self, run: MlflowRun, why: str) -> None:
+        """Remove checkpoints and models of an ended run, unless a version in the registry is made of them."""
+        run_id = run.info.run_id
+        if _WEIGHTS in run.data.tags or self.client.search_model_versions(f"run_id = '{run_id}'"):
+            return
+        models = self.client.search_logged_models([self.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+        for model in models:
+            _delete(model.artifact_location.removesuffix("/artifacts"))
+            self.client.delete_logged_model(model.model_id)
+        _delete(f"{run.info.artifact_uri}/checkpoints")
+        shutil.rmtree(self.open_run(run_id).checkpoints, ignore_errors=True)
+        self.client.set_tag(run_id, _WEIGHTS, f"removed: {why}")
+
+    def close_if_left(self, run_id: str, owner: str, status: str, reason: str) -> None:
+        """Close a run that a process left open when it died, unless another has taken it over."""
+        run = self.client.get_run(run_id)
+        if run.info.status == "RUNNING" and run.data.tags.get(_OWNER) == owner:
+            self.close(run_id, status, reason)
 
     def close(self, run_id: str, status: str, reason: str) -> None:
         """Set a run's final status and its reason."""
@@ -275,16 +340,16 @@ class TrackedRun:
     @property
     def checkpoints(self) -> Path:
         """Local folder of `last` and `best`: the run's own artifact folder where that is a local one."""
-        return (_local_path(self.mlflow_run.info.artifact_uri) or self.work / self.id) / "checkpoints"
+        return (local_path(self.mlflow_run.info.artifact_uri) or self.work / self.id) / "checkpoints"
 
     def publish_checkpoint(self, name: str) -> None:
         """Send a checkpoint to the artifact store, where that is not the folder it was written to."""
-        if _local_path(self.mlflow_run.info.artifact_uri) is None:
+        if local_path(self.mlflow_run.info.artifact_uri) is None:
             self.client.log_artifacts(self.id, str(self.checkpoints / name), f"checkpoints/{name}")
 
     def artifacts(self, folder: str) -> list[str]:
         """Names of the files in a folder of this run's artifacts."""
-        here = _local_path(self.mlflow_run.info.artifact_uri)
+        here = local_path(self.mlflow_run.info.artifact_uri)
         if here is not None:
             return [file.name for file in (here / folder).glob("*") if file.is_file()]
         listed = self.client.list_artifacts(self.id, "" if folder == "." else folder)
@@ -292,7 +357,7 @@ class TrackedRun:
 
     def fetch_artifact(self, path: str) -> Path | None:
         """Local file of an artifact of this run, downloaded if it is not here; None where the run has none."""
-        here = _local_path(self.mlflow_run.info.artifact_uri)
+        here = local_path(self.mlflow_run.info.artifact_uri)
         if here is not None:
             return here / path if (here / path).is_file() else None
         if Path(path).name not in self.artifacts(str(Path(path).parent)):
@@ -301,10 +366,11 @@ class TrackedRun:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(self.client.download_artifacts(self.id, path, str(folder)))
 
-    def fetch_checkpoint(self, name: str) -> Path:
-        """Local folder of a checkpoint of this run, downloaded if it is not here."""
+    def fetch_checkpoint(self, name: str, again: bool = False) -> Path:
+        """Local folder of a checkpoint of this run, downloaded if it is not here, or `again`."""
         folder = self.checkpoints / name
-        if _local_path(self.mlflow_run.info.artifact_uri) is None and not folder.exists():
+        if local_path(self.mlflow_run.info.artifact_uri) is None and (again or not folder.exists()):
+            shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
             self.client.download_artifacts(self.id, f"checkpoints/{name}", str(self.checkpoints.parent))
         return folder
@@ -321,6 +387,16 @@ class TrackedRun:
         """The params it was logged with."""
         return dict(self.client.get_run(self.id).data.params)
 
+    def steady(self, call: Callable[[], T]) -> T:
+        """Call, and again while the store is away; for calls of several steps that may be begun again."""
+        return keep_trying(call, is_passing, "the MLflow store")
+
+    def require_owner(self) -> None:
+        """Raise LostRunError if another process works on the run by now: this one was suspended, and given up."""
+        owner = self.tags().get(_OWNER)
+        if owner != own_name():
+            raise LostRunError(f"run {self.name} was taken over by {owner}")
+
     def is_live(self) -> bool:
         """Whether the run is open in a process that may be alive."""
         run = self.client.get_run(self.id)
@@ -334,14 +410,22 @@ class TrackedRun:
         """Set tags."""
         self.client.log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, tags: Mapping[str, object] | None = None) -> None:
-        """Log some metrics at one step, and tags with them: both or neither, up to `_METRICS_A_BATCH` of them."""
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log up to `_METRICS_A_BATCH` metrics at one step: all or none."""
         now = get_current_time_millis()
-        named = [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
-        while len(named) > _METRICS_A_BATCH:  # MLflow takes 1,000 with tags; the first, which count, go last
-            self.client.log_batch(self.id, metrics=named[-_METRICS_A_BATCH:])
-            del named[-_METRICS_A_BATCH:]
-        self.client.log_batch(self.id, metrics=named, tags=[RunTag(k, str(v)) for k, v in (tags or {}).items()])
+        self.client.log_batch(self.id, metrics=[Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()])
+
+    def log_once(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics at a step, those aside that stand there already: of a process that died after it logged them."""
+        names = list(metrics)
+        for start in reversed(range(0, len(names), _METRICS_A_BATCH)):  # the first, which count, go last
+            batch = names[start : start + _METRICS_A_BATCH]
+            if step not in self.history(batch[0]):
+                self.log_metrics({name: metrics[name] for name in batch}, step)
+
+    def history(self, name: str) -> dict[int, float]:
+        """A metric's values by step."""
+        return {point.step: point.value for point in self.client.get_metric_history(self.id, self.metric_name(name))}
 
     def log_corpus(self, corpus: Corpus) -> None:
         """Log the text as the run's dataset: name, digest, source and sizes."""
@@ -359,14 +443,11 @@ class TrackedRun:
 
     def log_epoch(self, report: EpochReport, validation: Mapping[str, float]) -> None:
         """Log the figures of one epoch at step `epoch`; an epoch that stands there already is not logged twice."""
-        logged = self.client.get_metric_history(self.id, self.metric_name("validation_perplexity"))
-        if any(point.step == report.epoch for point in logged):
-            return
-        self.log_metrics(
+        self.log_once(
             {
+                **validation,
                 "train_loss": report.train.nll,
                 "train_perplexity": report.train.perplexity,
-                **validation,
                 "lr": report.lr,
                 "grad_norm": report.grad_norm,
                 "clipped_share": report.clipped_share,
@@ -414,29 +495,24 @@ def _charts_view() -> str:
     return json.dumps({"compareRunSections": sections, "compareRunCharts": charts, "isAccordionReordered": True})
 
 
-def store_lock(settings: Settings) -> FileLock:
-    """The lock under which schemas and experiments are created.
-
-    Raises:
-        UserError: the folder of the store cannot be written.
-    """
-    folder = settings.mlruns
-    try:
-        for folder in {settings.mlruns, _local_path(settings.artifact_root) or settings.mlruns}:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.write_bytes(bytes(1 << 16))  # an empty file would fit on a full disk
-            probe.unlink()
-    except OSError as e:
-        raise UserError(
-            f"the store must be writable: got {e.strerror} for {folder}. Try LM_MLRUNS_DIR=/another/folder."
-        ) from e
-    return FileLock(settings.mlruns / ".lock", timeout=120)
+def _delete(uri: str) -> None:
+    here = local_path(uri)
+    if here is not None:
+        shutil.rmtree(here, ignore_errors=True)
+    else:
+        get_artifact_repository(uri).delete_artifacts()
 
 
-def _local_path(uri: str | None) -> Path | None:
-    parts = urlsplit(uri or "")
-    return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
+def is_passing(e: Exception) -> bool:
+    """Whether an error of the MLflow store is one that time may mend: away, busy, restarting; not a full disk."""
+    if isinstance(e, requests.exceptions.HTTPError):
+        return e.response is not None and e.response.status_code >= 500
+    if isinstance(e, requests.exceptions.ConnectionError | requests.exceptions.Timeout):
+        return True
+    if not isinstance(e, MlflowException) or any(words in str(e) for words in ("disk is full", "readonly database")):
+        return False
+    away = r"API request to \S+ failed with (timeout )?exception|failed with error code 5\d\d|too many 5\d\d"
+    return e.error_code == "TEMPORARILY_UNAVAILABLE" or re.search(away, str(e)) is not None
 
 
 def _origin_tags() -> dict[str, str]:

@@ -2,15 +2,20 @@
 
     python experiments/tune.py --trials 20
     python experiments/tune.py --trials 20 --preset tiny --corpus sample
+    python experiments/tune.py --search lr=1e-4:1e-2:log n_heads=4,8,16 --hours 8
+    python experiments/tune.py --status
 
-`--trials` is the study's total: a second call with the same number adds nothing, a larger one the difference.
+`--trials` is the study's total: a second call with the same number adds nothing, a larger one the difference. A call
+beside another, here or on another host with the same stores, works on the same study. Ctrl-C finishes the epoch; the
+same command goes on from there.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import math
+import platform
 import re
 import time
 from collections.abc import Sequence
@@ -18,179 +23,362 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.search_space import SPACE, suggest
+from experiments.search_space import SPACE, Space, parse, suggest
 from lm.config import Config
-from lm.errors import DivergedError, UserError
+from lm.errors import DivergedError, LeakError, UserError
 
 if TYPE_CHECKING:
-    import optuna
-
+    from experiments.budget import Stop
+    from experiments.claims import Claim, Claims
     from experiments.text import Text
-    from experiments.tracking import Tracker
+    from experiments.tracking import TrackedRun, Tracker
+
+
+class PointError(UserError):
+    """What a trial drew breaks a rule between fields, such as heads that do not divide the width."""
+
 
 PATIENCE = 2
 """Trials stop after so many epochs without a better validation loss; a trial's value is its best epoch's."""
+_LOOK_AGAIN = 2.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trials of a study share."""
+    """What all trials of a study share, and how this process works on them."""
 
     name: str
     config: Config
+    space: Space
     text: Text
     seed_text: str
     trials: int
     preset: str
     probes: list[str]
+    keep: int | None
+    progress: bool
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, run the trials that are missing, and say what was found and what to do next."""
-    parser = cli.Parser(__doc__ or "")
-    parser.add_argument("--trials", type=int, default=20, help="trials of the study in all (default: 20)")
-    parser.add_argument("--study", help="first part of the study's name (default: the preset)")
-    parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
-    cli.add_probe_flag(parser)
-    cli.add_config_flags(parser, patience=PATIENCE)
+    parser = _parser()
     args = parser.parse(argv)
     config = cli.config_of(args, patience=PATIENCE)
-    check(config, args.trials, args.study)
+    space = parse(args.search, config) or SPACE
 
-    from experiments import report
-    from experiments import run as runs
-    from experiments import study as studies
-    from experiments import text as texts
     from experiments.settings import Settings
-    from experiments.tracking import Tracker, store_lock
 
     settings = Settings.load()
+    if args.status:
+        from experiments import report
+
+        report.status(settings, args.study)
+        return
+    check(config, space, args.trials, args.study)
+    if args.workers < 1:
+        raise UserError(f"workers must be at least 1: got {args.workers}. Try --workers 2.")
+
+    from experiments import report, workers
+    from experiments import text as texts
+    from experiments.budget import Stop
+    from experiments.claims import Claims
+    from experiments.locks import store_lock
+    from experiments.run import machine
+    from experiments.study import RUN_ID, Plans, finished, open_storage, open_study
+    from experiments.tracking import Tracker
+
     tracker = Tracker(settings)
     text = texts.read_text(config.data, settings)
-    print(text.corpus.describe())
     seed_text = texts.check(text, config, args.seed_text)
-    print(texts.describe(text))
-    for note in texts.check_probes(text, config, args.probe):
-        print(note)
-    print(f"on {runs.machine(config)}")
+    is_first = args.worker is None
+    notes = texts.check_probes(text, config, args.probe)
+    if is_first:
+        print("\n".join([text.corpus.describe(), texts.describe(text), *notes, f"on {machine(config)}"]), flush=True)
     preset = args.preset or "reference"
-    name = study_name(args.study or preset, text, config)
-    plan = Plan(name, config, text, seed_text, args.trials, preset, args.probe)
+    plan = Plan(
+        name=study_name(args.study or preset, text, config, space),
+        config=config,
+        space=space,
+        text=text,
+        seed_text=seed_text,
+        trials=args.trials,
+        preset=preset,
+        probes=args.probe,
+        keep={"all": None, "best": 1, "top3": 3}[args.keep],
+        progress=is_first and args.workers == 1 and cli.is_terminal(),
+    )
     with store_lock(settings):
-        storage = studies.open_storage(settings.optuna_storage)
-        study = studies.open_study(storage, name, {k: config.flat()[k] for k in SPACE})
-        studies.release_dead(study)
-    for trial in studies.finished(study)[:1]:
-        tracker.tags(trial.user_attrs[studies.RUN_ID])  # stops here, not after the trials, if the store lacks its runs
-    print(f"study {name}: {studies.count(study)} of {plan.trials} trials are there", flush=True)
-    search(study, tracker, plan)
-    for trial in studies.complete(study)[:1]:
-        winner = tracker.open_run(trial.user_attrs[studies.RUN_ID])
-        runs.measure(winner, text, config.override(trial.params), "test", "window", cli.is_terminal())
-    report.conclude(study, tracker)
+        storage = open_storage(settings.optuna_storage, settings.heartbeat_seconds)
+        open_study(storage, plan.name, {name: config.flat()[name] for name in space}, plan.trials)
+    plans = Plans(args.sampler, args.pruner)
+    worker = f"{platform.node()} worker {args.worker or 1}"
+    claims = Claims(storage, plan.name, plans, lambda: store_lock(settings), worker)
+    for trial in finished(claims.study())[:1]:
+        tracker.tags(trial.user_attrs[RUN_ID])  # stops here, not after the trials, if the store lacks its runs
+    if is_first:
+        done = sum(t.state.is_finished() for t in claims.trials())
+        print(f"study {plan.name}: {done} of {plan.trials} trials are there", flush=True)
+        if done < plan.trials:
+            print(forecast(plan, plan.trials - done, args.workers), flush=True)
+    with Stop(args.hours, args.until) as stop:
+        if args.workers > 1 and is_first:
+            why = workers.run(args.workers, stop, argv)
+        else:
+            why = search(claims, tracker, plan, stop)
+    if not is_first:
+        return
+    settle(claims, tracker)
+    remove_losers(claims, tracker, plan)
+    if why == "interrupted":
+        report.status(settings, plan.name)
+        raise KeyboardInterrupt
+    if why:
+        print(f"stopped: {why}")
+    conclude(claims, tracker, plan)
 
 
-def check(config: Config, trials: int, label: str | None) -> None:
+def _parser() -> cli.Parser:
+    parser = cli.Parser(__doc__ or "")
+    parser.add_argument("--trials", type=int, default=20, help="trials of the study in all (default: 20)")
+    parser.add_argument("--hours", type=float, help="stop at the end of the epoch after so many hours")
+    parser.add_argument("--until", type=float, metavar="PERPLEXITY", help="stop when a trial has reached it")
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUES",
+        help="fields to search instead: lr=1e-4:1e-2:log, n_layers=2:8, n_heads=4,8,16",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that share this machine's cores (default: 1)")
+    parser.add_argument("--sampler", choices=("tpe", "random"), default="tpe", help="how points are drawn")
+    parser.add_argument(
+        "--pruner",
+        choices=("median", "halving", "none"),
+        default="median",
+        help="which trials stop early, beside those that --patience ends (default: median)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=("all", "top3", "best"),
+        default="top3",
+        help="whose weights stay when a trial has ended: those of the three best complete trials (default), "
+        "of the best one, or all; figures, pages and samples always stay",
+    )
+    parser.add_argument("--study", help="first part of the study's name (default: the preset); with --status, the name")
+    parser.add_argument("--status", action="store_true", help="say how the study stands, and do nothing")
+    parser.add_argument("--seed-text", help="start of the generated samples (default: validation text)")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    cli.add_probe_flag(parser)
+    cli.add_config_flags(parser, patience=PATIENCE)
+    return parser
+
+
+def check(config: Config, space: Space, trials: int, label: str | None) -> None:
     """Raise UserError unless the study can begin with the config's own point."""
     if label is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", label):
         raise UserError(f"study must be at most 60 letters, digits, dots and dashes: got {label!r}. Try --study mine.")
     if trials < 1:
         raise UserError(f"trials must be at least 1: got {trials}. Try --trials 20.")
-    for key, searched in SPACE.items():
+    for key, searched in space.items():
         value = config.flat()[key]
-        assert not isinstance(value, str)
-        if not searched.low <= value <= searched.high:
+        if not searched.has(value):
             raise UserError(
-                f"{key} must lie in the searched range {searched.low:g} to {searched.high:g}, since trial 0 is "
-                f"the config's own point: got {value:g}. Try another --{key.replace('_', '-')}."
+                f"{key} must lie in what is searched, {searched.describe()}, since trial 0 is the config's own point: "
+                f"got {value}. Try another --{key.replace('_', '-')}."
             )
 
 
-def study_name(label: str, text: Text, config: Config) -> str:
+def study_name(label: str, text: Text, config: Config, space: Space) -> str:
     """A name that changes with the text, the space and every hyperparameter, so that results cannot mix."""
-    space = {key: searched.describe() for key, searched in SPACE.items()}
-    shared = json.dumps([{**config.flat(), "corpus": text.corpus.name}, space], sort_keys=True)
+    searched = {key: values.describe() for key, values in space.items()}
+    shared = json.dumps([{**config.flat(), "corpus": text.corpus.name}, searched], sort_keys=True)
     return f"{label}-{text.corpus.name}-{text.corpus.digest[:8]}-{hashlib.sha256(shared.encode()).hexdigest()[:6]}"
 
 
-def search(study: optuna.Study, tracker: Tracker, plan: Plan) -> None:
-    """Run trials until the study has its total; a bar for a person, a line a trial otherwise."""
+def forecast(plan: Plan, trials: int, n_workers: int) -> str:
+    """What the study will cost at the most, in one line: trial 0's time and disk for each."""
+    from experiments import budget
+
+    config, text = plan.config, plan.text
+    windows, validation = (text.tokens.windows(s, config.model.seq_len) for s in ("train", "validation"))
+    vocab_size = len(text.tokens.vocab)
+    try:
+        epoch = budget.seconds_an_epoch(config, vocab_size, windows, validation)
+    except (MemoryError, RuntimeError) as e:
+        return f"forecast: none, since trial 0 cannot be tried ({str(e).splitlines()[0][:100]})"
+    weights = budget.checkpoint_bytes(config, vocab_size) / 1e9
+    held = trials if plan.keep is None else min(trials, plan.keep + n_workers)
+    return (
+        f"forecast: about {cli.duration(epoch)} an epoch, at most {cli.duration(epoch * config.train.epochs * trials)} "
+        f"in all if each trial is like trial 0; {weights * held:.2g} GB of disk for weights"
+    )
+
+
+def search(claims: Claims, tracker: Tracker, plan: Plan, stop: Stop) -> str:
+    """Work on trials until the study has its total; a bar for a person, a line a trial otherwise.
+
+    Returns:
+        why it stopped before; empty where it did not.
+    """
     from tqdm import tqdm
 
-    from experiments import study as studies
-    from experiments.tracking import store_lock
-
-    began, done_before = time.perf_counter(), studies.count(study)
+    began = time.perf_counter()
+    done_before = sum(t.state.is_finished() for t in claims.trials())
     bar = tqdm(
         total=plan.trials,
         initial=min(done_before, plan.trials),
         desc="trials",
-        disable=not cli.is_terminal(),
+        disable=not plan.progress,
         bar_format="{desc} {n_fmt}/{total_fmt} |{bar:30}| {elapsed}{postfix}",
     )
+    why, waiting = "", False
     while True:
-        with store_lock(tracker.settings):
-            trial = studies.ask(study, plan.trials, plan.config.train.seed)
-        if trial is None:
+        release_dead(claims, tracker)
+        if why := stop.reason(claims.best):
             break
-        outcome = run_trial(study, trial, tracker, plan)
-        done = studies.count(study)
+        claim = claims.take(plan.trials, plan.config.train.seed, lambda trial: suggest(trial, plan.space))
+        if claim is None:
+            running = [t for t in claims.trials() if not t.state.is_finished() and t.number < plan.trials]
+            if not running:
+                break
+            if not waiting:
+                numbers = ", ".join(str(t.number) for t in running)
+                tqdm.write(f"waiting for trials of other processes: {numbers}")
+            waiting = True
+            time.sleep(_LOOK_AGAIN)
+            continue
+        outcome = run_trial(claim, claims, tracker, plan, stop)
+        done = sum(t.state.is_finished() for t in claims.trials())
         seconds_a_trial = (time.perf_counter() - began) / max(1, done - done_before)
-        best = studies.finished(study)
-        best_so_far = f"{studies.best_value(best[0]):.2f}" if best else "none"
-        left = cli.duration(seconds_a_trial * max(0, plan.trials - done))
+        best, left = claims.best(), cli.duration(seconds_a_trial * max(0, plan.trials - done))
         bar.update(done - bar.n)
-        bar.set_postfix(best=best_so_far, left=left)
-        line = f"trial {done}/{plan.trials}  {outcome}  best {best_so_far}  about {left} left"
-        tqdm.write(line) if cli.is_terminal() else print(line, flush=True)
+        bar.set_postfix(best=f"{best:.2f}", left=left)
+        line = f"trial {claim.number} ({done}/{plan.trials} done)  {outcome}  best {best:.2f}  about {left} left"
+        tqdm.write(line) if plan.progress else print(line, flush=True)
+        remove_losers(claims, tracker, plan)
     bar.close()
+    return why
 
 
-def run_trial(study: optuna.Study, trial: optuna.Trial, tracker: Tracker, plan: Plan) -> str:
-    """One trial, in one run; returns its outcome in words.
+def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: Stop) -> str:
+    """One trial, in one run, from its start or from where another process left it; returns its outcome in words.
 
-    The `with` closes the run: FINISHED, KILLED when pruned or interrupted, FAILED when diverged. The clauses
-    below tell the study: complete, pruned, failed for good, or to be done again.
+    The `with` closes the run: FINISHED, KILLED when pruned or interrupted, FAILED when its parameters were the cause.
+    The clauses below tell the study: complete, pruned, failed, or waiting for the next process.
     """
     import torch
 
-    from experiments import run as runs
-    from experiments import study as studies
-    from experiments.tracking import PrunedError
+    from experiments.claims import LostError
+    from experiments.tracking import LostRunError, PrunedError, StoppedError
 
-    words, last = "", None
+    words = "  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in claim.point.items())
+    tags = {"lm.kind": "trial", "lm.study": plan.name, "lm.trial": str(claim.number), "lm.preset": plan.preset}
+    run_id = tracker.run_of_trial(plan.name, claim.number)
     try:
-        point = suggest(trial, SPACE)
-        words = "  ".join(f"{key}={value:.3g}" for key, value in point.items())
-        tags = {
-            "lm.kind": "trial",
-            "lm.study": plan.name,
-            "lm.trial": str(trial.number),
-            "lm.preset": plan.preset,
-        }
-        with tracker.run(f"trial {trial.number:02d}", tags) as run:
-            trial.set_user_attr(studies.RUN_ID, run.id)
-            config = plan.config.override(point)
-            progress = cli.is_terminal()
-            for last in runs.train_and_log(
-                config, plan.text, run, plan.seed_text, progress=progress, own_probes=plan.probes
-            ):
-                trial.report(last.validation.perplexity, last.epoch)
-                if last.epoch < config.train.epochs and trial.should_prune():
-                    raise PrunedError(f"pruned after epoch {last.epoch}: worse than the median of earlier trials")
+        with tracker.run(f"trial {claim.number:02d}", tags, run_id) as run:
+            claim.set_run(run.id)
+            _train(claim, claims, run, plan, stop)
+        claim.complete()
+        return f"{words}  perplexity {min(claim.reported.values()):.2f} in {max(claim.reported)} epochs"
     except PrunedError as e:
-        studies.tell_pruned(study, trial)
+        claim.prune()
         return f"{words}  {e}"
-    except (DivergedError, MemoryError, torch.OutOfMemoryError) as e:
-        studies.tell_failed(study, trial)
-        return f"{words}  failed: {e}"
+    except (LostError, LostRunError) as e:
+        return f"{words}  {e}"
+    except (DivergedError, MemoryError, torch.OutOfMemoryError, PointError, LeakError) as e:
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        claim.fail(reason)
+        if isinstance(e, LeakError):
+            raise
+        return f"{words}  failed: {reason}"
+    except StoppedError as e:
+        claim.release()
+        return f"{words}  {e}"
     except BaseException:
-        studies.requeue(study, trial)
+        claim.release()
         raise
-    assert last is not None
-    value = math.exp(last.best_nll)
-    study.tell(trial, value)
-    return f"{words}  perplexity {value:.2f} in {last.epoch} epochs"
+
+
+def _train(claim: Claim, claims: Claims, run: TrackedRun, plan: Plan, stop: Stop) -> None:
+    """Train a trial to its end.
+
+    Raises:
+        StoppedError: it is pruned, or to be left at the end of an epoch.
+        PointError: what it drew cannot be trained.
+    """
+    from experiments import resume
+    from experiments import run as runs
+    from experiments.tracking import PrunedError, StoppedError
+
+    try:
+        config = plan.config.override(claim.point)
+    except UserError as e:
+        raise PointError(str(e)) from e
+    state = resume.resume_trial(run, config, plan.text)
+    epochs = config.train.epochs
+
+    def decide(epoch: int) -> None:
+        if epoch < epochs and claim.should_prune():
+            raise PrunedError(f"pruned after epoch {epoch}: worse than earlier trials were")
+
+    if state is not None:
+        logged = run.history("validation_perplexity")
+        claim.report({epoch: value for epoch, value in logged.items() if epoch <= state.epochs_done})
+        decide(state.epochs_done)
+    reports = runs.train_and_log(
+        config, plan.text, run, plan.seed_text, state, progress=plan.progress, own_probes=plan.probes
+    )
+    for report in reports:
+        claim.report({report.epoch: report.validation.perplexity})
+        decide(report.epoch)
+        if report.epoch < epochs and (why := stop.reason(claims.best)):
+            raise StoppedError(f"{why} after epoch {report.epoch}; the study goes on from there")
+
+
+def release_dead(claims: Claims, tracker: Tracker) -> None:
+    """Let the trials of dead processes wait again, and close their runs."""
+    for freed in claims.release_dead():
+        if freed.run_id is not None:
+            status = "FAILED" if freed.failed else "KILLED"
+            tracker.close_if_left(freed.run_id, freed.owner, status, freed.reason)
+        what = "failed for good" if freed.failed else "goes on from its last epoch"
+        print(f"trial {freed.number}: {freed.reason}; it {what}", flush=True)
+
+
+def settle(claims: Claims, tracker: Tracker) -> None:
+    """Give runs the status that their trials have, where a process died between telling the one and the other."""
+    runs = {run.data.tags["lm.trial"]: run for run in tracker.runs_of_study(claims.name)}
+    true = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "WAITING": "KILLED"}
+    for trial in claims.trials():
+        run, status = runs.get(str(trial.number)), true.get(trial.state.name)
+        if run is not None and status is not None and run.info.status != status:
+            tracker.close(run.info.run_id, status, "" if status == "FINISHED" else "its worker died")
+
+
+def remove_losers(claims: Claims, tracker: Tracker, plan: Plan) -> None:
+    """Remove the weights of ended trials that are not among the best complete ones, as `--keep` says."""
+    from experiments.study import complete
+
+    if plan.keep is None:
+        return
+    best = {str(trial.number) for trial in complete(claims.study())[: plan.keep]}
+    ended = {str(trial.number) for trial in claims.trials() if trial.state.is_finished()}
+    for run in tracker.runs_of_study(plan.name):
+        if run.data.tags["lm.trial"] in ended - best:
+            tracker.remove_weights(run, f"not among the best {plan.keep}")
+
+
+def conclude(claims: Claims, tracker: Tracker, plan: Plan) -> None:
+    """Measure the best trial on test, write the study's page, and say what to do next."""
+    from experiments import report
+    from experiments import run as runs
+    from experiments.study import RUN_ID, complete
+
+    study = claims.study()
+    for trial in complete(study)[:1]:
+        winner = tracker.open_run(trial.user_attrs[RUN_ID])
+        runs.measure(winner, plan.text, plan.config.override(trial.params), "test", "window", plan.progress)
+    report.conclude(study, tracker)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +77,12 @@ def new_state(toy_text: TokenizedCorpus) -> Callable[[Config], TrainState]:
         return TrainState.new(config, len(toy_text.vocab), torch.device("cpu"))
 
     return make
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def blank(patch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_an_empty_corpus_a_missing_column_and_a_file_that_is_not_text(
 
 
 def test_a_trial_zero_outside_the_space(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fails(["--lr", "0.5"], capsys, tune).startswith("lr must lie in the searched range 1e-05 to 0.003")
+    assert fails(["--lr", "0.5"], capsys, tune).startswith("lr must lie in what is searched, 1e-05:0.003:log")
     assert fails(["--study", "it's"], capsys, tune).startswith(
         "study must be at most 60 letters, digits, dots and dashes"
     )

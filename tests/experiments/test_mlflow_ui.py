@@ -15,16 +15,10 @@ from experiments import tune
 from experiments.settings import Settings
 from experiments.tracking import Tracker
 from tests.browser import open_browser, screenshot
-from tests.conftest import TOY_FLAGS
+from tests.conftest import TOY_FLAGS, free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture

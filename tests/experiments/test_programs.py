@@ -159,7 +159,7 @@ def test_a_study_from_the_first_trial_to_the_champion(
     printed = capsys.readouterr().out
     name = re.findall(r"^study (\S+): 0 of 4", printed, re.MULTILINE)[0]
     assert name.startswith("reference-toy-")
-    assert len(re.findall(r"^trial \d/4 ", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^trial \d \(\d/4 done\) ", printed, re.MULTILINE)) == 4
     assert "lm@champion is now version 1" in printed
     assert "serve    MLFLOW_TRACKING_URI=sqlite:///" in printed
     trials = tracker.runs_of_study(name)
@@ -192,7 +192,7 @@ def small_study(flags: list[str], trials: int) -> None:
 def test_a_pruned_trials_run_is_killed_and_says_when(
     tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: trial.number == 1)
+    monkeypatch.setattr("optuna.pruners.MedianPruner.prune", lambda _, study, trial: trial.number == 1)
     small_study(flags, 3)
     study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
     assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
@@ -205,7 +205,7 @@ def test_a_pruned_trials_run_is_killed_and_says_when(
 def test_a_trial_that_reached_its_last_epoch_is_complete(
     tracker: Tracker, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda _: True)
+    monkeypatch.setattr("optuna.pruners.MedianPruner.prune", lambda *_: True)
     tune.main([*flags, "--trials", "1", "--epochs", "1", "--lr", "0.003"])
     study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
     assert [t.state.name for t in study.trials] == ["COMPLETE"]
@@ -217,11 +217,11 @@ def test_a_diverged_trial_fails_counts_and_does_not_end_the_study(
     training = runs.train.fit
 
     def diverge(state: object, *args: object, **kwargs: object) -> object:
-        if state.steps_done == 0 and next(calls) == 1:  # type: ignore[attr-defined]
+        if state.steps_done == 0 and next(calls) == 2:  # type: ignore[attr-defined]
             raise DivergedError("loss must stay finite: got nan by step 1")
         return training(state, *args, **kwargs)  # type: ignore[arg-type]
 
-    calls = iter(range(9))
+    calls = iter(range(9))  # the forecast, then a call for each trial
     monkeypatch.setattr(runs.train, "fit", diverge)
     small_study(flags, 3)
     study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
@@ -231,44 +231,126 @@ def test_a_diverged_trial_fails_counts_and_does_not_end_the_study(
     assert failed.data.tags["lm.reason"] == "DivergedError: loss must stay finite: got nan by step 1"
 
 
-def test_a_killed_study_is_taken_up_with_its_total(tracker: Tracker, flags: list[str]) -> None:
-    long = [*flags, "--epochs", "60", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
-    command = [sys.executable, str(ROOT / "experiments/tune.py"), *long, "--trials", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        begun = tracker.client.search_runs([tracker.experiment_id])
-        if begun and len(perplexities(tracker, begun[0].info.run_id)) >= 2:
-            break
-        time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    [killed] = tracker.client.search_runs([tracker.experiment_id])
-    assert killed.info.status == "RUNNING"
-    tune.main([*long, "--trials", "2"])
-    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
-    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert study.trials[1].params == study.trials[0].params
-    ended = tracker.client.get_run(killed.info.run_id)
-    assert (ended.info.status, ended.data.tags["lm.reason"]) == ("KILLED", "its process died")
-    assert len(perplexities(tracker, killed.info.run_id)) >= 2
+LONG = ["--epochs", "60", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
 
 
-def test_ctrl_c_closes_the_run_and_queues_the_trial(tracker: Tracker, flags: list[str]) -> None:
-    long = [*flags, "--epochs", "4000", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
-    command = [sys.executable, str(ROOT / "experiments/tune.py"), *long, "--trials", "1"]
+def begin_study(tracker: Tracker, argv: list[str], epochs: int) -> subprocess.Popen[str]:
+    """A study in a process of its own, when its first trial has finished some epochs."""
+    command = [sys.executable, str(ROOT / "experiments/tune.py"), *argv]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         begun = tracker.client.search_runs([tracker.experiment_id])
-        if begun and perplexities(tracker, begun[0].info.run_id):
-            break
+        if begun and len(perplexities(tracker, begun[0].info.run_id)) >= epochs:
+            return process
         time.sleep(0.2)
+    raise TimeoutError
+
+
+def test_a_killed_trial_goes_on_in_its_run_with_equal_figures(tracker: Tracker, flags: list[str]) -> None:
+    process = begin_study(tracker, [*flags, *LONG, "--trials", "2"], epochs=2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    [killed] = tracker.client.search_runs([tracker.experiment_id])
+    assert killed.info.status == "RUNNING"
+    tune.main([*flags, *LONG, "--trials", "2"])
+    tune.main([*flags, *LONG, "--trials", "2", "--study", "unbroken"])
+    names = {study for study, _, _ in tracker.studies()}
+    broken, unbroken = (
+        {run.data.tags["lm.trial"]: run for run in tracker.runs_of_study(name)}
+        for name in sorted(names, key=lambda name: name.startswith("unbroken"))
+    )
+    assert broken["0"].info.run_id == killed.info.run_id
+    assert sorted(broken) == sorted(unbroken) == ["0", "1"]
+    for number, run in broken.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.params == unbroken[number].data.params
+        figures = perplexities(tracker, run.info.run_id)
+        assert figures == perplexities(tracker, unbroken[number].info.run_id)
+        assert [step for step, _ in figures] == list(range(1, 61))
+
+
+def test_ctrl_c_finishes_the_epoch_and_the_trial_waits(tracker: Tracker, flags: list[str]) -> None:
+    process = begin_study(tracker, [*flags, *LONG, "--epochs", "4000", "--trials", "1"], epochs=1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "tune.py: interrupted; what was logged is kept."
     [run] = tracker.client.search_runs([tracker.experiment_id])
+    epochs = len(perplexities(tracker, run.info.run_id))
+    assert run.info.status == "KILLED"
+    assert run.data.tags["lm.reason"] == f"interrupted after epoch {epochs}; the study goes on from there"
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    [trial] = study.trials
+    assert (trial.state.name, len(trial.intermediate_values)) == ("WAITING", epochs)
+    assert f"study {study.study_name}: 1 waiting of 1 trials" in printed
+    assert f"trial 0  waiting after epoch {epochs}" in printed
+
+
+def test_a_second_ctrl_c_and_sigterm_stop_at_once(tracker: Tracker, flags: list[str]) -> None:
+    process = begin_study(tracker, [*flags, *LONG, "--epochs", "4000", "--trials", "1"], epochs=1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    [run] = tracker.client.search_runs([tracker.experiment_id])
     assert (run.info.status, run.data.tags["lm.reason"]) == ("KILLED", "interrupted")
     study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
-    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+    assert [t.state.name for t in study.trials] == ["WAITING"]
+
+
+def test_budgets_end_a_study_at_an_epoch(
+    tracker: Tracker, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune.main([*flags, *LONG, "--trials", "3", "--until", "25"])
+    assert re.search(r"^stopped: perplexity [\d.]+ is at most 25$", capsys.readouterr().out, re.MULTILINE)
+    tune.main([*flags, *LONG, "--trials", "3", "--hours", "0"])
+    assert "stopped: 0 hours are over" in capsys.readouterr().out
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert [t.state.name for t in study.trials] == ["WAITING"]
+    [trial] = study.trials
+    assert min(trial.intermediate_values.values()) <= 25 < trial.intermediate_values[1]
+
+
+def test_a_search_of_other_fields_with_points_that_cannot_be_trained(
+    tracker: Tracker, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*flags, "--trials", "6", "--epochs", "1", "--search", "n_heads=2,3", "dropout=0:0.3", "norm=pre,post"]
+    tune.main(argv)
+    assert "n_heads must divide d_model: got d_model=16, n_heads=3" in capsys.readouterr().out
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    ends = {t.params["n_heads"]: t.state.name for t in study.trials}
+    assert ends == {2: "COMPLETE", 3: "FAIL"}
+    for run in tracker.runs_of_study(study.study_name):
+        trial = study.trials[int(run.data.tags["lm.trial"])]
+        assert run.info.status == {"COMPLETE": "FINISHED", "FAIL": "FAILED"}[trial.state.name]
+
+
+def test_weights_of_losers_are_removed_and_those_of_the_best_stay(
+    tracker: Tracker, flags: list[str], lab: Path
+) -> None:
+    tune.main([*flags, "--trials", "5", "--lr", "0.003", "--pruner", "none", "--keep", "best"])
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    best = studies.complete(study)[0].number
+    kept = {
+        run.data.tags["lm.trial"]
+        for run in tracker.runs_of_study(study.study_name)
+        if (lab / "artifacts" / run.info.run_id / "artifacts/checkpoints/best").exists()
+    }
+    assert kept == {str(best)}
+    [model] = tracker.client.search_logged_models([tracker.experiment_id])
+    assert model.source_run_id == studies.complete(study)[0].user_attrs[studies.RUN_ID]
+    assert [p.name for p in (lab / "artifacts/models").iterdir()] == [model.model_id]
+    losers = [run for run in tracker.runs_of_study(study.study_name) if run.data.tags["lm.trial"] != str(best)]
+    assert all(run.data.tags["lm.weights"] == "removed: not among the best 1" for run in losers)
+    assert all((lab / "artifacts" / run.info.run_id / "artifacts/attention.html").exists() for run in losers)
+
+
+def test_workers_share_a_study(tracker: Tracker, flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    tune.main([*flags, "--trials", "5", "--lr", "0.003", "--workers", "2"])
+    printed = capfd.readouterr().out
+    assert "2 workers of" in printed
+    assert "lm@champion is now version 1" in printed
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert len(study.trials) == 5
+    assert all(t.state.is_finished() for t in study.trials)
+    assert {shift[0][-8:] for t in study.trials for shift in t.user_attrs[studies.SHIFTS]} == {"worker 1", "worker 2"}

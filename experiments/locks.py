@@ -1,0 +1,82 @@
+"""The lock of the stores: on one host by a file, between hosts by PostgreSQL where a store is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from filelock import FileLock, Timeout
+
+from experiments.settings import Settings
+from lm.errors import UserError
+
+_KEY = 0x6C6D5F6C6162  # any number that all processes share
+_WAIT = 120.0
+
+
+@contextmanager
+def store_lock(settings: Settings) -> Generator[None]:
+    """One process at a time, of all that work on these stores: for schemas, experiments and claims of trials.
+
+    Raises:
+        UserError: the folder of the store cannot be written, its database not be reached, or the lock is not given.
+    """
+    folder = settings.mlruns
+    try:
+        for folder in {settings.mlruns, local_path(settings.artifact_root) or settings.mlruns}:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            try:
+                probe.write_bytes(bytes(1 << 16))  # an empty file would fit on a full disk
+            finally:
+                probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"the store must be writable: got {e.strerror} for {folder}. Try LM_MLRUNS_DIR=/another/folder."
+        ) from e
+    lock = FileLock(settings.mlruns / ".lock", timeout=_WAIT)
+    try:
+        lock.acquire()
+    except Timeout as e:
+        raise UserError(
+            f"the store must be free: got a lock held for {_WAIT:.0f} s. Try to end the process that hangs."
+        ) from e
+    try:
+        shared = [uri for uri in (settings.optuna_storage, settings.tracking_uri) if uri.startswith("postgresql")]
+        if shared:
+            with _advisory(shared[0]):
+                yield
+        else:
+            yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _advisory(uri: str) -> Generator[None]:
+    import sqlalchemy
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    try:
+        connection = engine.connect()
+    except OperationalError as e:
+        raise UserError(
+            f"the store must be reachable: got {str(e.orig).strip().splitlines()[0]}. Try another OPTUNA_STORAGE."
+        ) from e
+    with connection:
+        connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), {"key": _KEY})
+        try:
+            yield
+        finally:
+            with suppress(SQLAlchemyError):  # a lost connection has given the lock up
+                connection.execute(sqlalchemy.text("select pg_advisory_unlock(:key)"), {"key": _KEY})
+
+
+def local_path(uri: str | None) -> Path | None:
+    """The path that a URI names on this machine; None for one elsewhere."""
+    parts = urlsplit(uri or "")
+    return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
