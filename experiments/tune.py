@@ -277,7 +277,7 @@ def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: 
     try:
         with tracker.run(f"trial {claim.number:02d}", tags, run_id) as run:
             claim.set_run(run.id)
-            _train(claim, claims, run, plan, stop)
+            train_trial(claim, claims, run, plan, stop)
         claim.complete()
         return f"{words}  perplexity {min(claim.reported.values()):.2f} in {max(claim.reported)} epochs"
     except PrunedError as e:
@@ -299,7 +299,7 @@ def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: 
         raise
 
 
-def _train(claim: Claim, claims: Claims, run: TrackedRun, plan: Plan, stop: Stop) -> None:
+def train_trial(claim: Claim, claims: Claims, run: TrackedRun, plan: Plan, stop: Stop) -> None:
     """Train a trial to its end.
 
     Raises:
@@ -369,16 +369,21 @@ def remove_losers(claims: Claims, tracker: Tracker, plan: Plan) -> None:
 
 
 def conclude(claims: Claims, tracker: Tracker, plan: Plan) -> None:
-    """Measure the best trial on test, write the study's page, and say what to do next."""
+    """Measure the best trial on test, write the study's page, and say what to do next.
+
+    Under the store's lock: workers that were started one by one all end here at once.
+    """
     from experiments import report
     from experiments import run as runs
+    from experiments.locks import store_lock
     from experiments.study import RUN_ID, complete
 
-    study = claims.study()
-    for trial in complete(study)[:1]:
-        winner = tracker.open_run(trial.user_attrs[RUN_ID])
-        runs.measure(winner, plan.text, plan.config.override(trial.params), "test", "window", plan.progress)
-    report.conclude(study, tracker)
+    with store_lock(tracker.settings):
+        study = claims.study()
+        for trial in complete(study)[:1]:
+            winner = tracker.open_run(trial.user_attrs[RUN_ID])
+            runs.measure(winner, plan.text, plan.config.override(trial.params), "test", "window", plan.progress)
+        report.conclude(study, tracker)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -46,10 +47,11 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        done = subprocess.run(
-            [*user, str(self.bin / program), *arguments], capture_output=True, text=True, cwd="/tmp", check=False
-        )
-        assert done.returncode == 0, done.stderr
+        with tempfile.TemporaryFile("w+") as said:  # a pipe would be held open by the server
+            command = [*user, str(self.bin / program), *arguments]
+            done = subprocess.run(command, stdout=said, stderr=said, cwd="/tmp", check=False)
+            said.seek(0)
+            assert done.returncode == 0, said.read()
 
     def start(self) -> None:
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off -k {self.data}"
@@ -92,8 +94,9 @@ def the_study() -> optuna.Study:
 
 def epochs_done() -> int:
     """Epochs of all trials so far; 0 before the study is there."""
-    with contextlib.suppress(Exception):
-        return sum(len(t.intermediate_values) for t in the_study().get_trials(deepcopy=False))
+    engine = sqlalchemy.create_engine(Settings.load().optuna_storage, poolclass=sqlalchemy.NullPool)
+    with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), engine.connect() as connection:
+        return int(connection.execute(sqlalchemy.text("select count(*) from trial_intermediate_values")).scalar_one())
     return 0
 
 
@@ -119,7 +122,7 @@ def check_study(total: int) -> optuna.Study:
     uri = tracker.settings.tracking_uri
     if not uri.startswith("http"):
         twice = "select run_uuid, key, step from metrics group by run_uuid, key, step having count(*) > 1"
-        with sqlalchemy.create_engine(uri).connect() as connection:
+        with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect() as connection:
             assert connection.execute(sqlalchemy.text(twice)).fetchall() == []
     return study
 
