@@ -24,12 +24,12 @@ _BYTES_A_WEIGHT = {"best": 4, "last": 12, "model": 4}  # fp32, with two moments 
 class Stop:
     """Why to stop at the end of the epoch: a person's wish, the time, or a good enough result.
 
-    The first Ctrl-C is a wish; the next, and SIGTERM, stop at once.
+    The first Ctrl-C is a wish; the next, and SIGTERM, stop at once. `with_parent` stops a worker whose parent has died.
     """
 
-    def __init__(self, hours: float | None = None, until: float | None = None) -> None:
+    def __init__(self, hours: float | None = None, until: float | None = None, with_parent: bool = False) -> None:
         self._deadline = time.time() + hours * 3600 if hours is not None else None
-        self._hours, self._until, self._parent = hours, until, os.getppid()
+        self._hours, self._until, self._parent = hours, until, os.getppid() if with_parent else None
         self.wished = False
 
     def __enter__(self) -> Stop:
@@ -52,7 +52,7 @@ class Stop:
         Args:
             best: asks for the study's lowest perplexity so far.
         """
-        if self.wished or os.getppid() != self._parent:
+        if self.wished or (self._parent is not None and os.getppid() != self._parent):
             return "interrupted"
         if self._deadline is not None and time.time() > self._deadline:
             return f"{self._hours:g} hours are over"

@@ -21,7 +21,7 @@ from filelock import Timeout
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from experiments.process import is_gone, own_name
+from experiments.process import TakenOverError, is_gone, own_name
 from experiments.steady import keep_trying
 from experiments.study import OWNER, REASON, RUN_ID, SHIFTS, Plans, best_value
 
@@ -30,10 +30,6 @@ Lock = Callable[[], AbstractContextManager[None]]
 
 _MOST_BARREN_DEATHS = 10
 """A trial fails for good when so many workers in a row died on it before an epoch was finished."""
-
-
-class LostError(Exception):
-    """Another process has taken over the trial: this one was not heard from for too long."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ class Claim:
     def _require_mine(self) -> FrozenTrial:
         frozen = self._claims.storage.get_trial(self._id)
         if frozen.user_attrs.get(OWNER) != own_name() or frozen.state == TrialState.WAITING:
-            raise LostError(f"trial {self.number} was taken over: this process was not heard from for too long")
+            raise TakenOverError(f"trial {self.number} was taken over: this process was not heard from for too long")
         return frozen
 
     def set_run(self, run_id: str) -> None:
@@ -205,7 +201,7 @@ class Claim:
         """Report perplexities by epoch; those that were reported before stay.
 
         Raises:
-            LostError: the trial is another process's by now.
+            TakenOverError: the trial is another process's by now.
         """
         self._claims.steady(lambda: self._report(values))
 

@@ -130,7 +130,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         raise KeyboardInterrupt
 
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, interrupt)
+        if signal.getsignal(ending) != signal.SIG_IGN:  # nohup asks for that
+            signal.signal(ending, interrupt)
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         main()

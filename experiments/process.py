@@ -9,6 +9,10 @@ from functools import cache
 from pathlib import Path
 
 
+class TakenOverError(Exception):
+    """Another process works on it by now: this one was not heard from for too long, and given up."""
+
+
 def own_name() -> str:
     """`host:pid:start`; the start tells a process from a later one of the same pid."""
     return f"{_host()}:{os.getpid()}:{_started(os.getpid())}"

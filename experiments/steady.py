@@ -38,7 +38,7 @@ def keep_trying(call: Callable[[], T], is_passing: Callable[[Exception], bool], 
             if not is_passing(e):
                 raise
             away = time.monotonic() - began
-            first = (str(e).splitlines() or [""])[0][:160]
+            first = _short(str(e))
             if away > PATIENCE:
                 raise UserError(
                     f"{what} must be reachable: got {first} for {away / 60:.0f} min. "
@@ -53,6 +53,12 @@ def keep_trying(call: Callable[[], T], is_passing: Callable[[Exception], bool], 
             if said:
                 print(f"{what} is back after {time.monotonic() - began:.0f} s", file=sys.stderr)
             return result
+
+
+def _short(message: str) -> str:
+    """The first line; of a long one its ends, since the cause stands last."""
+    first = (message.splitlines() or [""])[0]
+    return first if len(first) <= 200 else f"{first[:80]} ... {first[-110:]}"
 
 
 def steadied(client: T, is_passing: Callable[[Exception], bool], what: str) -> T:

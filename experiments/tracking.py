@@ -33,7 +33,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.time import get_current_time_millis
 
 from experiments.locks import local_path, store_lock
-from experiments.process import is_gone, own_name
+from experiments.process import TakenOverError, is_gone, own_name
 from experiments.settings import ROOT, Settings
 from experiments.steady import keep_trying, steadied
 from lm.errors import UserError
@@ -66,10 +66,6 @@ class StoppedError(Exception):
 
 class PrunedError(StoppedError):
     """The trial is found not worth going on with."""
-
-
-class LostRunError(Exception):
-    """Another process has taken over the run, and decides its status."""
 
 
 def quiet() -> None:
@@ -152,7 +148,7 @@ class Tracker:
         run = self.open_run(run_id)
         try:
             yield run
-        except LostRunError:
+        except TakenOverError:
             raise
         except StoppedError as e:
             self.close(run_id, "KILLED", str(e))
@@ -392,10 +388,10 @@ class TrackedRun:
         return keep_trying(call, is_passing, "the MLflow store")
 
     def require_owner(self) -> None:
-        """Raise LostRunError if another process works on the run by now: this one was suspended, and given up."""
+        """Raise TakenOverError if another process works on the run by now: this one was suspended, and given up."""
         owner = self.tags().get(_OWNER)
         if owner != own_name():
-            raise LostRunError(f"run {self.name} was taken over by {owner}")
+            raise TakenOverError(f"run {self.name} was taken over by {owner}")
 
     def is_live(self) -> bool:
         """Whether the run is open in a process that may be alive."""

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"study {plan.name}: {done} of {plan.trials} trials are there", flush=True)
         if done < plan.trials:
             print(forecast(plan, plan.trials - done, args.workers), flush=True)
-    with Stop(args.hours, args.until) as stop:
+    with Stop(args.hours, args.until, not is_first) as stop:
         if args.workers > 1 and is_first:
             why = workers.run(args.workers, stop, argv)
         else:
@@ -268,8 +268,8 @@ def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: 
     """
     import torch
 
-    from experiments.claims import LostError
-    from experiments.tracking import LostRunError, PrunedError, StoppedError
+    from experiments.process import TakenOverError
+    from experiments.tracking import PrunedError, StoppedError
 
     words = "  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in claim.point.items())
     tags = {"lm.kind": "trial", "lm.study": plan.name, "lm.trial": str(claim.number), "lm.preset": plan.preset}
@@ -283,7 +283,7 @@ def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: 
     except PrunedError as e:
         claim.prune()
         return f"{words}  {e}"
-    except (LostError, LostRunError) as e:
+    except TakenOverError as e:
         return f"{words}  {e}"
     except (DivergedError, MemoryError, torch.OutOfMemoryError, PointError, LeakError) as e:
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -348,11 +348,13 @@ def release_dead(claims: Claims, tracker: Tracker) -> None:
 def settle(claims: Claims, tracker: Tracker) -> None:
     """Give runs the status that their trials have, where a process died between telling the one and the other."""
     runs = {run.data.tags["lm.trial"]: run for run in tracker.runs_of_study(claims.name)}
-    true = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "WAITING": "KILLED"}
+    true = {
+        "COMPLETE": ["FINISHED"], "PRUNED": ["KILLED"], "FAIL": ["FAILED"], "WAITING": ["KILLED", "FAILED"],
+    }  # fmt: skip
     for trial in claims.trials():
-        run, status = runs.get(str(trial.number)), true.get(trial.state.name)
-        if run is not None and status is not None and run.info.status != status:
-            tracker.close(run.info.run_id, status, "" if status == "FINISHED" else "its worker died")
+        run, allowed = runs.get(str(trial.number)), true.get(trial.state.name, [])
+        if run is not None and allowed and run.info.status not in allowed:
+            tracker.close(run.info.run_id, allowed[0], "" if allowed[0] == "FINISHED" else "its worker died")
 
 
 def remove_losers(claims: Claims, tracker: Tracker, plan: Plan) -> None:

@@ -29,6 +29,7 @@ def run(n: int, stop: Stop, argv: Sequence[str] | None) -> str:
         UserError: a worker could not do what was asked; it has said why.
     """
     command = [sys.executable, str(Path(__file__).with_name("tune.py")), *(sys.argv[1:] if argv is None else argv)]
+    # Fewer threads each: N processes that take all cores get in each other's way.
     threads = str(max(1, (os.cpu_count() or 1) // n))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
 

@@ -11,9 +11,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from experiments import claims as claiming
-from experiments.claims import Claim, Claims, LostError
+from experiments.claims import Claim, Claims
 from experiments.locks import store_lock
-from experiments.process import is_gone, own_name
+from experiments.process import TakenOverError, is_gone, own_name
 from experiments.search_space import SPACE, suggest
 from experiments.settings import Settings
 from experiments.study import OWNER, REASON, SHIFTS, Plans, open_storage, open_study
@@ -137,9 +137,9 @@ def test_a_process_that_was_given_up_loses_its_trial(claims: Claims, works_as: C
     mine = take(claims)
     mine.report({1: 5.0})
     works_as("elsewhere:1:1")
-    with pytest.raises(LostError, match="trial 0 was taken over"):
+    with pytest.raises(TakenOverError, match="trial 0 was taken over"):
         silent.report({1: 6.0})
-    with pytest.raises(LostError):
+    with pytest.raises(TakenOverError):
         silent.complete()
     silent.release()
     works_as(own_name())

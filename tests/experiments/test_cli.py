@@ -81,3 +81,12 @@ def test_help_is_quick_and_pays_for_no_library(program: str) -> None:
     assert done.stdout.startswith("usage:")
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "mlflow", "optuna", "datasets", "plotly", "numpy"}
+
+
+def test_nohup_is_respected() -> None:
+    code = (
+        "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from experiments import cli;"
+        "cli.run(lambda: os.kill(os.getpid(), signal.SIGHUP))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code.replace("SIG_IGN", "SIG_DFL")], check=False).returncode == 130
