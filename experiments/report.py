@@ -200,8 +200,9 @@ def _winner(tracker: Tracker, complete: Sequence[FrozenTrial]) -> str:
     rows = [[name, str(value)] for name, value in Config.from_text(run.params()).flat().items()]
     command = html.escape(train_command(run))
     return (
-        f"<h2>The best trial</h2><p>Trained again by</p><pre>{command}</pre>"
-        f"{plots.html_table(['hyperparameter', 'value'], rows)}"
+        f'<h2>The best trial</h2><p>Trained again by</p><pre style="white-space: pre-wrap">{command}</pre>'
+        f"<details><summary>All its hyperparameters</summary>{plots.html_table(['hyperparameter', 'value'], rows)}"
+        "</details>"
     )
 
 

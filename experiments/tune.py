@@ -149,7 +149,12 @@ def _parser() -> cli.Parser:
         metavar="NAME=VALUES",
         help="fields to search instead: lr=1e-4:1e-2:log, n_layers=2:8, n_heads=4,8,16",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that share this machine's cores (default: 1)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that share this machine's cores; faster than one for small models (default: 1)",
+    )
     parser.add_argument("--sampler", choices=("tpe", "random"), default="tpe", help="how points are drawn")
     parser.add_argument(
         "--pruner",

@@ -231,7 +231,7 @@ def test_a_diverged_trial_fails_counts_and_does_not_end_the_study(
     assert failed.data.tags["lm.reason"] == "DivergedError: loss must stay finite: got nan by step 1"
 
 
-LONG = ["--epochs", "60", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
+LONG = ["--epochs", "30", "--patience", "0", "--n-layers", "1", "--lr", "0.003"]
 
 
 def begin_study(tracker: Tracker, argv: list[str], epochs: int) -> subprocess.Popen[str]:
@@ -267,7 +267,7 @@ def test_a_killed_trial_goes_on_in_its_run_with_equal_figures(tracker: Tracker, 
         assert run.data.params == unbroken[number].data.params
         figures = perplexities(tracker, run.info.run_id)
         assert figures == perplexities(tracker, unbroken[number].info.run_id)
-        assert [step for step, _ in figures] == list(range(1, 61))
+        assert [step for step, _ in figures] == list(range(1, 31))
 
 
 def test_ctrl_c_finishes_the_epoch_and_the_trial_waits(tracker: Tracker, flags: list[str]) -> None:
