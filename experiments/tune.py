@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(forecast(plan, plan.trials - done, args.workers), flush=True)
     with Stop(args.hours, args.until, not is_first) as stop:
         if args.workers > 1 and is_first:
-            why = workers.run(args.workers, stop, argv)
+            workers.run(args.workers, stop, argv)
+            done = sum(t.state.is_finished() for t in claims.trials())
+            why = "" if done >= plan.trials else stop.reason(claims.best) or "its workers were killed too often"
         else:
             why = search(claims, tracker, plan, stop)
     if not is_first:

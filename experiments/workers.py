@@ -17,13 +17,10 @@ _GLANCE = 0.2
 _MOST_RESTARTS = 10
 
 
-def run(n: int, stop: Stop, argv: Sequence[str] | None) -> str:
+def run(n: int, stop: Stop, argv: Sequence[str] | None) -> None:
     """Start `tune.py` n times over as workers, see them through, and start again those that are killed.
 
     Each is a session of its own, so that Ctrl-C reaches it through here alone, once for each time.
-
-    Returns:
-        why they stopped before the study was done; empty where they did not.
 
     Raises:
         UserError: a worker could not do what was asked; it has said why.
@@ -63,7 +60,6 @@ def run(n: int, stop: Stop, argv: Sequence[str] | None) -> str:
         raise
     if failed:
         raise UserError("a study needs workers that can work: got one that stopped (see above). Try what it says.")
-    return stop.reason(lambda: float("inf"))
 
 
 def _send(workers: dict[int, subprocess.Popen[bytes]], number: signal.Signals) -> None:

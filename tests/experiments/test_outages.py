@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
+import torch
 
 from experiments import study as studies
 from experiments import train
@@ -76,9 +77,10 @@ def postgres() -> Generator[Postgres]:
 
 
 def start(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """`tune.py` as a process that writes to `log`."""
+    """`tune.py` as a process of one thread that writes to `log`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as f:
-        return subprocess.Popen([*TUNE, *argv], stdout=f, stderr=subprocess.STDOUT, env=os.environ)
+        return subprocess.Popen([*TUNE, *argv], stdout=f, stderr=subprocess.STDOUT, env=environment)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -128,9 +130,12 @@ def check_study(total: int) -> optuna.Study:
 
 
 def check_figures(study: optuna.Study, trial: optuna.trial.FrozenTrial, flags: list[str]) -> None:
-    """A trial has the figures of a run that nobody interrupted."""
+    """A trial has the figures of a run that nobody interrupted, with one thread as its workers had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     point = [part for key, value in trial.params.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     train.main([*flags, *point, "--run-name", f"unbroken-{trial.number}"])
+    torch.set_num_threads(threads)
     tracker = Tracker(Settings.load())
     run_id = tracker.find_run(f"unbroken-{trial.number}").info.run_id
     unbroken = {p.step: p.value for p in tracker.client.get_metric_history(run_id, "validation_perplexity")}
@@ -148,7 +153,6 @@ def test_four_workers_each_killed_five_times_at_random(
         server: Postgres = request.getfixturevalue("postgres")
         monkeypatch.setenv("OPTUNA_STORAGE", server.uri("optuna"))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri("mlflow"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     own = [*flags, "--epochs", "20", "--patience", "0", "--lr", "0.003"]
     argv = [*own, "--trials", "20", "--keep", "all"]
     chance, kills = random.Random(0), [0, 0, 0, 0]
@@ -267,7 +271,6 @@ def test_ten_processes_at_once_on_an_empty_store(
     monkeypatch.setenv("LM_MLRUNS_DIR", str(tmp_path / "new"))
     for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     logs = [tmp_path / f"{i}.log" for i in range(10)]
     argv = [*flags, "--trials", "10", "--lr", "0.003", "--keep", "all"]
     processes = [start(argv, log) for log in logs]
