@@ -28,6 +28,7 @@ from experiments.study import OWNER, REASON, RUN_ID, SHIFTS, Plans, best_value
 T = TypeVar("T")
 Lock = Callable[[], AbstractContextManager[None]]
 
+_LASTING = ("disk is full", "No space left", "readonly database", "disk I/O error", "no such table")
 _MOST_BARREN_DEATHS = 10
 """A trial fails for good when so many workers in a row died on it before an epoch was finished."""
 
@@ -179,7 +180,7 @@ class Claim:
     @property
     def reported(self) -> dict[int, float]:
         """Perplexities by epoch that were reported, by whichever process."""
-        return dict(self._claims.storage.get_trial(self._id).intermediate_values)
+        return self._claims.steady(lambda: dict(self._claims.storage.get_trial(self._id).intermediate_values))
 
     def _beat(self) -> None:
         storage = self._claims.storage
@@ -236,7 +237,12 @@ class Claim:
 
     def fail(self, reason: str) -> None:
         """Tell the trial as failed for good: its own parameters are the cause."""
-        self._claims.steady(lambda: self._claims.storage.set_trial_user_attr(self._id, REASON, reason))
+
+        def say() -> None:
+            if not self._require_mine().state.is_finished():
+                self._claims.storage.set_trial_user_attr(self._id, REASON, reason)
+
+        self._claims.steady(say)
         self._tell(TrialState.FAIL)
 
     def _tell(self, state: TrialState) -> None:
@@ -259,6 +265,10 @@ class Claim:
                 self._sign()
                 self._claims.storage.set_trial_state_values(self._id, TrialState.WAITING)
 
+    def drop(self) -> None:
+        """Let go of a trial that another process has taken over: say no more that this one works on it."""
+        self._stop_beating()
+
     def _stop_beating(self) -> None:
         self._over.set()
         self._beats.join()
@@ -266,6 +276,6 @@ class Claim:
 
 def is_passing(e: Exception) -> bool:
     """Whether a storage's error is one that time may mend: a lost connection, a locked database; not a full disk."""
-    cause = e.__cause__ or e
-    passing = isinstance(cause, OperationalError | InterfaceError | Timeout)
-    return passing and not any(words in str(cause) for words in ("disk is full", "readonly database", "disk I/O error"))
+    passing = any(isinstance(x, OperationalError | InterfaceError | Timeout) for x in (e, e.__cause__))
+    said = f"{e} {e.__cause__}"
+    return passing and not any(words in said for words in _LASTING)

@@ -16,6 +16,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.utils.time import get_current_time_millis
 
 import lm
 
@@ -60,12 +61,14 @@ def log_model(
     """
     made = _made_before(client, run_id, epoch) or _log(run_id, checkpoint, epoch, example)
     known = {metric.key for metric in client.get_logged_model(made).metrics or []}
+    now = get_current_time_millis()  # fixed here: a call that is made again must not be another point
     for key, value in metrics.items():
         if key not in known:
             client.log_metric(
                 run_id,
                 key,
                 value,
+                timestamp=now,
                 step=epoch,
                 model_id=made,
                 dataset_name=dataset[0],

@@ -89,6 +89,7 @@ def train_and_log(
         run.log_page(f"samples/epoch_{report.epoch:03d}.txt", sample + "\n")
         if report.is_best:
             _log_sheet(run, text, "validation", report.scores, config, report.epoch)
+        run.require_owner()  # again, since all of the above takes time in which a process may be suspended
         for name, due in (("best", report.is_best), ("last", True)):
             if due:
                 checkpoint.save(

@@ -229,6 +229,8 @@ def search(claims: Claims, tracker: Tracker, plan: Plan, stop: Stop) -> str:
     """
     from tqdm import tqdm
 
+    from experiments.process import TakenOverError
+
     began = time.perf_counter()
     done_before = sum(t.state.is_finished() for t in claims.trials())
     bar = tqdm(
@@ -254,7 +256,11 @@ def search(claims: Claims, tracker: Tracker, plan: Plan, stop: Stop) -> str:
             waiting = True
             time.sleep(_LOOK_AGAIN)
             continue
-        outcome = run_trial(claim, claims, tracker, plan, stop)
+        try:
+            outcome = run_trial(claim, claims, tracker, plan, stop)
+        except TakenOverError as e:
+            claim.drop()
+            outcome = str(e)
         done = sum(t.state.is_finished() for t in claims.trials())
         seconds_a_trial = (time.perf_counter() - began) / max(1, done - done_before)
         best, left = claims.best(), cli.duration(seconds_a_trial * max(0, plan.trials - done))
@@ -290,8 +296,8 @@ def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: 
     except PrunedError as e:
         claim.prune()
         return f"{words}  {e}"
-    except TakenOverError as e:
-        return f"{words}  {e}"
+    except TakenOverError:
+        raise
     except (DivergedError, MemoryError, torch.OutOfMemoryError, PointError, LeakError) as e:
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         claim.fail(reason)
@@ -354,26 +360,33 @@ def release_dead(claims: Claims, tracker: Tracker) -> None:
 
 def settle(claims: Claims, tracker: Tracker) -> None:
     """Give runs the status that their trials have, where a process died between telling the one and the other."""
+    trials = claims.trials()
     runs = {run.data.tags["lm.trial"]: run for run in tracker.runs_of_study(claims.name)}
     true = {
         "COMPLETE": ["FINISHED"], "PRUNED": ["KILLED"], "FAIL": ["FAILED"], "WAITING": ["KILLED", "FAILED"],
     }  # fmt: skip
-    for trial in claims.trials():
+    for trial in trials:
         run, allowed = runs.get(str(trial.number)), true.get(trial.state.name, [])
-        if run is not None and allowed and run.info.status not in allowed:
+        if (
+            run is not None
+            and allowed
+            and run.info.status not in allowed
+            and not tracker.open_run(run.info.run_id).is_live()
+        ):
             tracker.close(run.info.run_id, allowed[0], "" if allowed[0] == "FINISHED" else "its worker died")
 
 
 def remove_losers(claims: Claims, tracker: Tracker, plan: Plan) -> None:
     """Remove the weights of ended trials that are not among the best complete ones, as `--keep` says."""
-    from experiments.study import complete
+    from experiments.study import best_value
 
     if plan.keep is None:
         return
-    best = {str(trial.number) for trial in complete(claims.study())[: plan.keep]}
-    ended = {str(trial.number) for trial in claims.trials() if trial.state.is_finished()}
+    ended = [trial for trial in claims.trials() if trial.state.is_finished()]  # one look: else a new best may be missed
+    complete = sorted((t for t in ended if t.state.name == "COMPLETE"), key=best_value)
+    best = {str(trial.number) for trial in complete[: plan.keep]}
     for run in tracker.runs_of_study(plan.name):
-        if run.data.tags["lm.trial"] in ended - best:
+        if run.data.tags["lm.trial"] in {str(trial.number) for trial in ended} - best:
             tracker.remove_weights(run, f"not among the best {plan.keep}")
 
 

@@ -48,7 +48,7 @@ def run(n: int, stop: Stop, argv: Sequence[str] | None) -> None:
                     restarts += 1
                     print(f"worker {number} was killed by signal {-code}; another goes on", flush=True)
                     workers[number] = start(number)
-                elif code not in (0, 130):
+                elif code > 0 and code != 130:
                     failed = True
             if (stop.wished or failed) and not told:
                 told = True

@@ -218,3 +218,16 @@ def test_the_owner_is_kept_for_whoever_asks(claims: Claims) -> None:
     claim = take(claims)
     assert claims.trials()[0].user_attrs[OWNER] == own_name()
     claim.release()
+
+
+def test_errors_that_pass_are_known_bare_and_wrapped() -> None:
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import OperationalError
+
+    for said, passes in (("server closed the connection", True), ("could not extend file: No space left", False)):
+        driver = RuntimeError(said)
+        bare = OperationalError("", None, driver)
+        bare.__cause__ = driver
+        wrapped = StorageInternalError("An exception is raised during the commit.")
+        wrapped.__cause__ = bare
+        assert claiming.is_passing(bare) == claiming.is_passing(wrapped) == passes
