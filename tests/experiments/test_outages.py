@@ -153,7 +153,7 @@ def test_four_workers_each_killed_five_times_at_random(
         server: Postgres = request.getfixturevalue("postgres")
         monkeypatch.setenv("OPTUNA_STORAGE", server.uri("optuna"))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri("mlflow"))
-    own = [*flags, "--epochs", "20", "--patience", "0", "--lr", "0.003"]
+    own = [*flags, "--epochs", "40", "--patience", "0", "--lr", "0.003"]
     argv = [*own, "--trials", "20", "--keep", "all"]
     chance, kills = random.Random(0), [0, 0, 0, 0]
     logs = [lab / f"worker{i}.log" for i in range(4)]
