@@ -325,6 +325,8 @@ def train_trial(claim: Claim, claims: Claims, run: TrackedRun, plan: Plan, stop:
 
     try:
         config = plan.config.override(claim.point)
+        for split in ("train", "validation"):
+            plan.text.tokens.windows(split, config.model.seq_len)
     except UserError as e:
         raise PointError(str(e)) from e
     state = resume.resume_trial(run, config, plan.text)

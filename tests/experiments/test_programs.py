@@ -325,6 +325,12 @@ def test_a_search_of_other_fields_with_points_that_cannot_be_trained(
         assert run.info.status == {"COMPLETE": "FINISHED", "FAIL": "FAILED"}[trial.state.name]
 
 
+def test_a_window_that_does_not_fit_the_text_fails_its_trial_alone(tracker: Tracker, flags: list[str]) -> None:
+    tune.main([*flags, "--trials", "5", "--epochs", "1", "--sampler", "random", "--search", "seq_len=8,100000"])
+    study = studies.latest_study(studies.open_storage(Settings.load().optuna_storage), None)
+    assert {t.params["seq_len"]: t.state.name for t in study.trials} == {8: "COMPLETE", 100000: "FAIL"}
+
+
 def test_weights_of_losers_are_removed_and_those_of_the_best_stay(
     tracker: Tracker, flags: list[str], lab: Path
 ) -> None:
