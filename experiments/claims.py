@@ -107,7 +107,8 @@ class Claims:
         """Let the trials of dead and of silent processes wait again.
 
         A process of this host is known to be gone at once. Others are given up when their heartbeat is older than
-        the grace period in two looks an interval apart: after an outage, or a laptop's sleep, all look old once.
+        the grace period in two looks more than two intervals apart: after an outage, or a laptop's sleep, all look
+        old once.
         """
         return self.steady(self._release_dead)
 
@@ -150,6 +151,10 @@ class Claims:
     def trials(self) -> list[FrozenTrial]:
         """All trials as they stand now."""
         return self.steady(lambda: self.study().get_trials(deepcopy=False))
+
+    def done(self) -> int:
+        """How many trials have ended, however they did."""
+        return sum(t.state.is_finished() for t in self.trials())
 
     def best(self) -> float:
         """The lowest perplexity that any trial has reported; infinite where none has."""

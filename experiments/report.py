@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.search_space import describe, short
 from lm.config import PRESETS
 
 if TYPE_CHECKING:
@@ -97,14 +98,10 @@ def table(study: optuna.Study, ranked: Sequence[FrozenTrial]) -> tuple[list[str]
     for trial in ranked:
         value = studies.best_value(trial)
         change = f"{(value / origin - 1) * 100:+.1f} %" if origin else ""
-        values = [_short(trial.params[p]) if p in trial.params else "" for p in params]
+        values = [short(trial.params[p]) if p in trial.params else "" for p in params]
         epochs = str(max(trial.intermediate_values, default=0))
         rows.append([str(trial.number), *values, epochs, trial.state.name.lower(), f"{value:.2f}", change])
     return ["trial", *params, "epochs", "state", "perplexity", "to trial 0"], rows
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def train_command(run: TrackedRun) -> str:
@@ -137,7 +134,7 @@ def status(settings: Settings, name: str | None) -> None:
     for trial in trials:
         if not trial.state.is_finished():
             epochs = max(trial.intermediate_values, default=0)
-            point = "  ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+            point = describe(trial.params)
             print(f"trial {trial.number}  {trial.state.name.lower()} after epoch {epochs}  {point}{_last_seen(trial)}")
     if ranked := studies.finished(study):
         best = ranked[0]

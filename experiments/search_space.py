@@ -95,6 +95,16 @@ def suggest(trial: Suggester, space: Space) -> dict[str, Scalar]:
     return values
 
 
+def short(value: object) -> str:
+    """A drawn value as tables and lines show it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def describe(point: Mapping[str, object]) -> str:
+    """What a trial drew, in one line."""
+    return "  ".join(f"{name}={short(value)}" for name, value in point.items())
+
+
 def parse(specs: Sequence[str], config: Config) -> dict[str, Range | Choice]:
     """A space as a person writes it: `lr=1e-5:1e-2:log`, `n_heads=4,8,16`, `dropout=0:0.3`.
 

@@ -84,7 +84,7 @@ class Tracker:
     def __init__(self, settings: Settings) -> None:
         """Open the store; create its schema and the experiment if they are not there.
 
-        Creation happens under a file lock: processes that create a schema at the same time break it.
+        Creation happens under the store's lock: processes that create a schema at the same time break it.
 
         Raises:
             UserError: the store cannot be reached or written.
@@ -137,7 +137,7 @@ class Tracker:
     def run(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Generator[TrackedRun]:
         """Open a run, or go on with `run_id`, and close it with its true status.
 
-        This is the one place that decides a run's status.
+        A process that died here left the status to `close_if_left`, or to the next program's start.
         """
         if run_id is None:
             all_tags = {**_origin_tags(), **tags, _OWNER: own_name()}

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.search_space import SPACE, Space, parse, suggest
+from experiments.search_space import SPACE, Space, describe, parse, suggest
 from lm.config import Config
 from lm.errors import DivergedError, LeakError, UserError
 
@@ -116,14 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for trial in finished(claims.study())[:1]:
         tracker.tags(trial.user_attrs[RUN_ID])  # stops here, not after the trials, if the store lacks its runs
     if is_first:
-        done = sum(t.state.is_finished() for t in claims.trials())
+        done = claims.done()
         print(f"study {plan.name}: {done} of {plan.trials} trials are there", flush=True)
         if done < plan.trials:
             print(forecast(plan, plan.trials - done, args.workers), flush=True)
     with Stop(args.hours, args.until, not is_first) as stop:
         if args.workers > 1 and is_first:
             workers.run(args.workers, stop, argv)
-            done = sum(t.state.is_finished() for t in claims.trials())
+            done = claims.done()
             why = "" if done >= plan.trials else stop.reason(claims.best) or "its workers were killed too often"
         else:
             why = search(claims, tracker, plan, stop)
@@ -232,7 +232,7 @@ def search(claims: Claims, tracker: Tracker, plan: Plan, stop: Stop) -> str:
     from experiments.process import TakenOverError
 
     began = time.perf_counter()
-    done_before = sum(t.state.is_finished() for t in claims.trials())
+    done_before = claims.done()
     bar = tqdm(
         total=plan.trials,
         initial=min(done_before, plan.trials),
@@ -261,7 +261,7 @@ def search(claims: Claims, tracker: Tracker, plan: Plan, stop: Stop) -> str:
         except TakenOverError as e:
             claim.drop()
             outcome = str(e)
-        done = sum(t.state.is_finished() for t in claims.trials())
+        done = claims.done()
         seconds_a_trial = (time.perf_counter() - began) / max(1, done - done_before)
         best, left = claims.best(), cli.duration(seconds_a_trial * max(0, plan.trials - done))
         bar.update(done - bar.n)
@@ -284,7 +284,7 @@ def run_trial(claim: Claim, claims: Claims, tracker: Tracker, plan: Plan, stop: 
     from experiments.process import TakenOverError
     from experiments.tracking import PrunedError, StoppedError
 
-    words = "  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in claim.point.items())
+    words = describe(claim.point)
     tags = {"lm.kind": "trial", "lm.study": plan.name, "lm.trial": str(claim.number), "lm.preset": plan.preset}
     run_id = tracker.run_of_trial(plan.name, claim.number)
     try:
@@ -387,8 +387,9 @@ def remove_losers(claims: Claims, tracker: Tracker, plan: Plan) -> None:
     ended = [trial for trial in claims.trials() if trial.state.is_finished()]  # one look: else a new best may be missed
     complete = sorted((t for t in ended if t.state.name == "COMPLETE"), key=best_value)
     best = {str(trial.number) for trial in complete[: plan.keep]}
+    losers = {str(trial.number) for trial in ended} - best
     for run in tracker.runs_of_study(plan.name):
-        if run.data.tags["lm.trial"] in {str(trial.number) for trial in ended} - best:
+        if run.data.tags["lm.trial"] in losers:
             tracker.remove_weights(run, f"not among the best {plan.keep}")
 
 
