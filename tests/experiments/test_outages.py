@@ -76,6 +76,14 @@ def postgres() -> Generator[Postgres]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def tell_logs(tmp_path: Path) -> Generator[None]:
+    """What the processes printed, shown where a test fails."""
+    yield
+    for log in sorted(tmp_path.rglob("*.log")):
+        print(f"--- {log.name}", log.read_text(errors="replace")[-3000:], sep="\n")
+
+
 def start(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`tune.py` as a process of one thread that writes to `log`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -83,7 +91,7 @@ def start(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*TUNE, *argv], stdout=f, stderr=subprocess.STDOUT, env=environment)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -250,7 +258,7 @@ def test_a_worker_suspended_past_the_grace_period_loses_its_trial_and_works_on(
         wait_for(lambda: epochs_done() >= 3)
         first.send_signal(signal.SIGSTOP)
         second = start(argv, lab / "second.log")
-        wait_for(lambda: "its worker was not heard from" in (lab / "second.log").read_text(), 240)
+        wait_for(lambda: "its worker was not heard from" in (lab / "second.log").read_text())
         first.send_signal(signal.SIGCONT)
         for process, log in ((first, "first.log"), (second, "second.log")):
             assert process.wait(timeout=300) == 0, (lab / log).read_text()[-3000:]
