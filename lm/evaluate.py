@@ -1,27 +1,25 @@
 """Exact measures: the nats of every target are kept, summed over a whole split, and divided once.
 
-Shape suffixes: B batch, T query position, V vocabulary, N all positions of a batch, C some of them.
+Shape suffixes: B batch, T query position, V vocabulary, N all targets of a split.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
 from tqdm import tqdm
 
 from lm.data import Windows
+from lm.loss import token_nats
 from lm.model import Decoder
 from lm.runtime import autocast
 
 _TOKENS_A_BATCH = 2048
-_LOGITS_A_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,58 +63,6 @@ def bits_per_byte(scores: Scores, vocab_size: int, written_nats: float, n_bytes:
     do not tell of the text (`lm.spelling`).
     """
     return (scores.total.nats + math.log(vocab_size) + written_nats) / (math.log(2) * n_bytes)
-
-
-class _SummedNats(torch.autograd.Function):
-    """Cross-entropy in fp32 a few rows at a time, with the gradient made in the same pass.
-
-    The values are those of `F.cross_entropy(logits.float(), targets, reduction="sum")`; what differs is that no
-    second matrix of the size of the logits is written and read in fp32, which at a vocabulary of 18,707 takes
-    60 ms of a step.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        rows = _rows_a_chunk(logits_NV)
-        total = torch.zeros((), device=logits_NV.device)
-        gradient_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
-        for i in range(0, len(logits_NV), rows):
-            targets_C1 = targets_N[i : i + rows, None]
-            log_p_CV = F.log_softmax(logits_NV[i : i + rows].float(), dim=-1)
-            total -= log_p_CV.gather(1, targets_C1).sum()
-            if gradient_NV is not None:
-                p_CV = log_p_CV.exp_()
-                gradient_NV[i : i + rows] = p_CV.scatter_add_(
-                    1, targets_C1, -torch.ones_like(targets_C1, dtype=p_CV.dtype)
-                )
-        ctx.save_for_backward(gradient_NV)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * outputs[0], None
-
-
-def _rows_a_chunk(logits_NV: Tensor) -> int:
-    return max(1, _LOGITS_A_CHUNK // logits_NV.shape[1])
-
-
-def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Negative log-likelihood [B, T] of each target in fp32, a few rows at a time."""
-    logits_NV, targets_N1 = logits_BTV.flatten(0, 1), targets_BT.flatten()[:, None]
-    rows = _rows_a_chunk(logits_NV)
-    parts = [
-        F.log_softmax(chunk_CV.float(), dim=-1).gather(1, targets_C1)
-        for chunk_CV, targets_C1 in zip(logits_NV.split(rows), targets_N1.split(rows), strict=True)
-    ]
-    return -torch.cat(parts).view_as(targets_BT)
-
-
-def nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the targets, a scalar in fp32."""
-    total: Tensor = _SummedNats.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())  # pyright: ignore[reportAssignmentType]
-    return total
 
 
 @torch.inference_mode()

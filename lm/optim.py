@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lm.config import TrainConfig
@@ -31,6 +32,28 @@ def build_optimizers(model: nn.Module, recipe: TrainConfig) -> list[torch.optim.
         return [adam]
     muon = torch.optim.Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adam, muon]
+
+
+def clip_and_step(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float) -> Tensor:
+    """Scale all gradients down to a norm of `clip_norm` together (Pascanu et al. 2013), step, and drop them.
+
+    A fused optimizer scales them as it reads them, which saves a pass over all weights.
+
+    Returns:
+        the norm before clipping, a scalar.
+    """
+    gradients = {id(o): [p.grad for g in o.param_groups for p in g["params"] if p.grad is not None] for o in optimizers}
+    norm = torch.nn.utils.get_total_norm([gradient for part in gradients.values() for gradient in part])
+    divisor = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            for gradient in gradients[id(optimizer)]:
+                gradient.div_(divisor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def lr_at(step: int, total_steps: int, recipe: TrainConfig) -> float:

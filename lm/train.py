@@ -2,6 +2,8 @@
 
 Each epoch seeds torch from the run's seed and its own number, so a run resumed at an epoch's end takes the
 same steps as one that was never broken.
+
+Shape suffixes: B batch, T query position, D model width.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lm import runtime
@@ -19,8 +22,9 @@ from lm.checkpoint import TrainState
 from lm.config import TrainConfig
 from lm.data import Windows
 from lm.errors import DivergedError
-from lm.evaluate import Evaluation, Scores, evaluate, nats
-from lm.optim import lr_at
+from lm.evaluate import Evaluation, Scores, evaluate
+from lm.loss import mean_nats
+from lm.optim import clip_and_step, lr_at
 
 _STEPS_A_GLANCE = 20
 
@@ -75,38 +79,55 @@ def fit(
     device = state.model.device
     precision = runtime.resolve_precision(config.precision, device)
     total_steps = config.epochs * train.n_batches(config.batch_size)
-    while state.epochs_done < config.epochs and not out_of_patience(state, config):
-        epoch = state.epochs_done + 1
-        started = time.perf_counter()
-        trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
-        train_seconds = time.perf_counter() - started
-        label = f"epoch {epoch}/{config.epochs} validation" if progress else None
-        scores = evaluate(state.model, validation, precision, label)
-        validated = scores.total
-        if not math.isfinite(validated.nats):
-            raise DivergedError(_diverged("validation loss", validated.nats, state))
-        is_best = validated.nll < state.best_nll
-        if is_best:
-            state.best_nll, state.best_epoch = validated.nll, epoch
-        state.epochs_done += 1
-        yield EpochReport(
-            epoch=epoch,
-            step=state.steps_done,
-            train=trained,
-            scores=scores,
-            is_best=is_best,
-            best_nll=state.best_nll,
-            lr=lr,
-            grad_norm=norms.mean().item(),
-            clipped_share=(norms > config.clip_norm).double().mean().item(),
-            tokens_per_second=trained.tokens / train_seconds,
-            seconds=time.perf_counter() - started,
-        )
+    with runtime.kept_memory():
+        while state.epochs_done < config.epochs and not out_of_patience(state, config):
+            epoch = state.epochs_done + 1
+            started = time.perf_counter()
+            trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
+            train_seconds = time.perf_counter() - started
+            label = f"epoch {epoch}/{config.epochs} validation" if progress else None
+            scores = evaluate(state.model, validation, precision, label)
+            validated = scores.total
+            if not math.isfinite(validated.nats):
+                raise DivergedError(_diverged("validation loss", validated.nats, state))
+            is_best = validated.nll < state.best_nll
+            if is_best:
+                state.best_nll, state.best_epoch = validated.nll, epoch
+            state.epochs_done += 1
+            yield EpochReport(
+                epoch=epoch,
+                step=state.steps_done,
+                train=trained,
+                scores=scores,
+                is_best=is_best,
+                best_nll=state.best_nll,
+                lr=lr,
+                grad_norm=norms.mean().item(),
+                clipped_share=(norms > config.clip_norm).double().mean().item(),
+                tokens_per_second=trained.tokens / train_seconds,
+                seconds=time.perf_counter() - started,
+            )
 
 
 def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
     """Whether so many epochs have passed without a better validation loss that training ends."""
     return config.patience > 0 and state.epochs_done - state.best_epoch >= config.patience
+
+
+def train_step(
+    state: TrainState, inputs_BT: Tensor, targets_BT: Tensor, clip_norm: float, precision: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Forward, backward, clip and step on one batch.
+
+    Returns:
+        its mean loss and the norm of its gradient before clipping, scalars left on the device.
+    """
+    inputs_BT, targets_BT = inputs_BT.to(state.model.device), targets_BT.to(state.model.device)
+    with runtime.autocast(state.model.device, precision):
+        x_BTD, _ = state.model.hidden(inputs_BT)
+    loss = mean_nats(state.model.head, x_BTD, targets_BT, precision)
+    loss.backward()
+    return loss.detach(), clip_and_step(state.optimizers, clip_norm)
 
 
 def _train_epoch(
@@ -116,14 +137,14 @@ def _train_epoch(
     total_steps: int,
     precision: torch.dtype,
     progress: bool,
-) -> tuple[Evaluation, float, torch.Tensor]:
+) -> tuple[Evaluation, float, Tensor]:
     """One pass; returns its summed loss, the last lr and the gradient norm of each step."""
-    model = state.model.train()
+    state.model.train()
     seed = epoch_seed(config.seed, state.epochs_done)
     runtime.seed_everything(seed)
     tokens, lr = 0, config.lr
-    losses: list[torch.Tensor] = []  # left on the device until glanced at: each read would wait for it
-    norms: list[torch.Tensor] = []
+    losses: list[Tensor] = []  # left on the device until glanced at: each read would wait for it
+    norms: list[Tensor] = []
     bar = tqdm(
         train.shuffled(config.batch_size, seed),
         total=train.n_batches(config.batch_size),
@@ -136,16 +157,9 @@ def _train_epoch(
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        inputs_BT, targets_BT = inputs_BT.to(model.device), targets_BT.to(model.device)
-        with runtime.autocast(model.device, precision):
-            logits_BTV, _ = model(inputs_BT)
-        loss_sum = nats(logits_BTV, targets_BT)
-        (loss_sum / targets_BT.numel()).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-        for optimizer in state.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss_sum.detach())
+        loss, norm = train_step(state, inputs_BT, targets_BT, config.clip_norm, precision)
+        losses.append(loss * targets_BT.numel())
+        norms.append(norm)
         tokens += targets_BT.numel()
         state.steps_done += 1
         if i % _STEPS_A_GLANCE == 0 or i + 1 == bar.total:
@@ -155,11 +169,11 @@ def _train_epoch(
     return Evaluation(_sum(losses), tokens), lr, torch.stack(norms).float().cpu()
 
 
-def _sum(losses: list[torch.Tensor]) -> float:
+def _sum(losses: list[Tensor]) -> float:
     return torch.stack(losses).cpu().double().sum().item()
 
 
-def _require_finite(total: float, norms: list[torch.Tensor], state: TrainState) -> None:
+def _require_finite(total: float, norms: list[Tensor], state: TrainState) -> None:
     if not math.isfinite(total):
         raise DivergedError(_diverged("loss", total, state))
     for norm in norms:

@@ -8,7 +8,8 @@ import torch
 from lm.checkpoint import TrainState
 from lm.config import Config
 from lm.data import TokenizedCorpus, Windows
-from lm.evaluate import Evaluation, Scores, bits_per_byte, evaluate, nats, token_nats
+from lm.evaluate import Evaluation, Scores, bits_per_byte, evaluate
+from lm.loss import token_nats
 
 
 def test_the_short_last_batch_is_weighed_by_its_tokens(
@@ -21,7 +22,7 @@ def test_the_short_last_batch_is_weighed_by_its_tokens(
         inputs = torch.tensor(ids[start : start + 8].astype("int64"))[None]
         targets = torch.tensor(ids[start + 1 : start + 9].astype("int64"))[None]
         inputs = inputs[:, : targets.shape[1]]
-        expected += nats(model(inputs)[0], targets).item()
+        expected += token_nats(model(inputs)[0], targets).sum().item()
         count += targets.numel()
     result = evaluate(model, windows).total
     assert result.tokens == count == 85
@@ -50,32 +51,6 @@ def test_evaluation_leaves_training_mode_as_it_was(
 def test_perplexity_is_the_exponent_of_nats_over_tokens() -> None:
     assert Evaluation(nats=20.0, tokens=10).perplexity == pytest.approx(math.exp(2))
     assert Evaluation(nats=1e6, tokens=1).perplexity == math.inf
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 5, 64])
-def test_chunked_cross_entropy_equals_torchs_own(
-    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lm.evaluate._LOGITS_A_CHUNK", rows * 50)
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(4, 3, 50, generator=generator)).to(dtype)
-    targets = torch.randint(0, 50, (4, 3), generator=generator)
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-    (expected / 12).backward()
-    result = nats(ours, targets)
-    (result / 12).backward()
-    torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
-def test_the_nats_of_each_target_sum_to_the_training_loss() -> None:
-    logits, targets = torch.randn(3, 5, 40), torch.randint(0, 40, (3, 5))
-    each = token_nats(logits, targets)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    torch.testing.assert_close(each, expected.view(3, 5))
-    torch.testing.assert_close(each.sum(), nats(logits, targets))
 
 
 @pytest.mark.parametrize("n_tokens", [5, 9, 30, 86])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lm.config import ModelConfig
-from lm.evaluate import nats
+from lm.loss import token_nats
 from lm.model import Decoder, Dropout, rotary_angles, rotate, sinusoidal_positions
 
 SHAPE = ModelConfig(d_model=32, n_layers=3, n_heads=4, d_ff=64, seq_len=12)
@@ -55,12 +55,26 @@ def test_gradients_do_not_reach_later_inputs(model: Decoder) -> None:
     assert torch.count_nonzero(embedded[0].grad[:, :6]) > 0
 
 
-def test_fused_attention_equals_explicit(model: Decoder) -> None:
-    fused, none = model(ids())
+def test_attention_equals_torchs_own(model: Decoder) -> None:
+    logits, none = model(ids())
     explicit, weights = model(ids(), return_attention=True)
     assert none == []
     assert len(weights) == SHAPE.n_layers
-    torch.testing.assert_close(fused, explicit, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits, explicit)
+    layer = model.layers[0].attention
+    x = torch.randn(3, 12, SHAPE.d_model)
+    q, k, v = layer.qkv(x).view(3, 12, 3, SHAPE.n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    theirs = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(layer(x)[0], layer.out(theirs.transpose(1, 2).reshape(3, 12, -1)), atol=1e-5, rtol=1e-5)
+
+
+def test_relu_and_dropout_in_one_product_equal_one_after_the_other() -> None:
+    layer = Decoder(replace(SHAPE, d_ff=4096), VOCAB).layers[0].train()
+    x = torch.randn(3, 12, SHAPE.d_model)
+    torch.manual_seed(0)
+    once = layer.feed_forward(x)
+    torch.manual_seed(0)
+    assert torch.equal(once, layer.down(layer.dropout(nn.functional.relu(layer.up(x)))))
 
 
 def test_attention_rows_sum_to_one_and_the_future_is_exactly_zero(model: Decoder) -> None:
@@ -112,7 +126,7 @@ def test_first_loss_is_near_the_logarithm_of_the_vocabulary(changes: dict[str, o
     torch.manual_seed(0)
     model = Decoder(ModelConfig(n_layers=2, **changes), 5000).eval()  # type: ignore[arg-type]
     x = torch.randint(0, 5000, (8, 33))
-    loss = nats(model(x[:, :-1])[0], x[:, 1:]).item() / (8 * 32)
+    loss = token_nats(model(x[:, :-1])[0], x[:, 1:]).mean().item()
     assert abs(loss - math.log(5000)) < 0.7
 
 

@@ -3,7 +3,7 @@ import torch
 
 from lm.config import ModelConfig, TrainConfig
 from lm.model import Decoder
-from lm.optim import build_optimizers, lr_at
+from lm.optim import build_optimizers, clip_and_step, lr_at
 
 
 def test_without_decay_it_is_adam() -> None:
@@ -47,3 +47,25 @@ def test_muon_takes_the_layers_matrices_and_leaves_the_rest_to_adam() -> None:
     rest = {names[id(p)] for group in adam.param_groups for p in group["params"]}
     assert rest | taken == set(names.values())
     assert not rest & taken
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("clip_norm", [0.01, 1e6])
+def test_clipping_within_the_step_equals_clipping_before_it(optimizer: str, clip_norm: float) -> None:
+    shape = ModelConfig(d_model=8, n_layers=2, n_heads=2, d_ff=16, seq_len=4, dropout=0.0)
+    recipe = TrainConfig(optimizer=optimizer, lr=1e-2)
+    torch.manual_seed(0)
+    ours, theirs = Decoder(shape, 11), Decoder(shape, 11)
+    theirs.load_state_dict(ours.state_dict())
+    own, reference = build_optimizers(ours, recipe), build_optimizers(theirs, recipe)
+    for _ in range(3):
+        x = torch.randint(0, 11, (2, 4))
+        for model in (ours, theirs):
+            model(x)[0].logsumexp(-1).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm)
+        for o in reference:
+            o.step()
+            o.zero_grad()
+        torch.testing.assert_close(clip_and_step(own, clip_norm), norm)
+        assert all(p.grad is None for p in ours.parameters())
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
