@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from lm import checkpoint, generate
+from lm import checkpoint, generate, runtime
 from lm.errors import UserError
 
 PARAMS: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1}
@@ -30,7 +30,9 @@ class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the checkpoint, checking every file's digest."""
         loaded = checkpoint.load(Path(context.artifacts["checkpoint"]))
-        self.model, self.vocab = loaded.state.model.eval(), loaded.vocab
+        model = loaded.state.model
+        precision = runtime.resolve_precision(loaded.config.train.precision, model.device)
+        self.model, self.vocab = generate.for_generation(model, precision), loaded.vocab
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # MLflow's base returns nothing
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
@@ -68,10 +70,7 @@ class ServedModel(PythonModel):
             _require(total <= most, "max_new_tokens times inputs", f"be at most {most}", total)
             seed = None if values["seed"] == -1 else int(values["seed"])
             sampling = {name: values[name] for name in ("temperature", "top_k", "top_p")}
-            return [
-                generate.generate_text(self.model, self.vocab, text, max_length=new, seed=seed, **sampling)
-                for text in model_input
-            ]
+            return generate.generate_texts(self.model, self.vocab, model_input, max_length=new, seed=seed, **sampling)
         except UserError as e:
             raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from e
         except Exception as e:  # what is ours to mend stays in the log

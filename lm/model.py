@@ -134,7 +134,7 @@ class CausalSelfAttention(nn.Module):
             return self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D)), None
         # On the CPU these steps take half the time of torch's fused attention (EXPERIMENTS.md).
         scores_BHTS = (q_BHTK * self.head_dim**-0.5) @ k_BHSK.transpose(-2, -1)
-        weights_BHTS = (scores_BHTS.float() + mask_TS).softmax(dim=-1)
+        weights_BHTS = (scores_BHTS.float() + mask_TS if T > 1 else scores_BHTS.float()).softmax(dim=-1)
         mixed_BHTK = self.dropout(weights_BHTS.to(v_BHSK.dtype)) @ v_BHSK
         mixed_BTD = self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
         return mixed_BTD, weights_BHTS if return_attention else None
@@ -279,9 +279,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` texts."""
-        weight = self.embedding.weight
-        head_dim = weight.shape[1] // self.n_heads
-        shape = (batch_size, self.n_heads, self.seq_len, head_dim)
+        weight = self.head.weight
+        shape = (batch_size, self.n_heads, self.seq_len, weight.shape[1] // self.n_heads)
         keys, values = ([weight.new_zeros(shape) for _ in self.layers] for _ in range(2))
         return KVCache(keys, values)
 

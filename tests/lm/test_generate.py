@@ -26,10 +26,48 @@ def uncached(model: Decoder, ids: list[int], n: int) -> list[int]:
     return ids
 
 
+def continued(model: Decoder, prompts: list[list[int]], n: int, **sampling: float) -> list[list[int]]:
+    texts = [list(prompt) for prompt in prompts]
+    for i, new in generate.generate_ids(model, prompts, n, **sampling):  # type: ignore[arg-type]
+        texts[i].append(new)
+    return texts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_texts_of_different_lengths_go_on_as_each_would_alone(model: Decoder, temperature: float) -> None:
+    prompts = [VOCAB.encode(text) for text in ("the cat sat on", "a", "the house and slept . a dog ran to the", "dog")]
+    together = continued(model, prompts, 10, temperature=temperature, seed=3)
+    assert together == [continued(model, [prompt], 10, temperature=temperature, seed=3)[0] for prompt in prompts]
+    assert [len(text) - len(prompt) for text, prompt in zip(together, prompts, strict=True)] == [10] * 4
+
+
+def test_each_token_is_drawn_as_often_as_it_is_likely() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -1.0]])
+    n = 20_000
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = generate.sample(logits.expand(n, 5), 1.0, 0, 1.0, uniform)
+    torch.testing.assert_close(drawn.bincount(minlength=5) / n, logits[0].softmax(0), atol=0.01, rtol=0)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert generate.sample(logits.expand(2, 5), 1.0, 0, 1.0, ends).tolist() == [0, 4]
+
+
+def test_a_token_within_the_window_costs_one_position(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    honest = Decoder.hidden
+
+    def hidden(self: Decoder, ids: torch.Tensor, *args: object) -> object:
+        seen.append(ids.shape[1])
+        return honest(self, ids, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    list(generate.generate_ids(model, [[1, 2, 3]], 8))
+    assert seen == [3, 1, 1, 1, 1, 1, 8, 8]
+
+
 def test_greedy_with_the_cache_equals_greedy_without_also_past_the_window(model: Decoder) -> None:
     prompt = VOCAB.encode("the cat sat")
-    made = list(generate.generate_ids(model, prompt, max_length=20, temperature=0))
-    assert prompt + made == uncached(model, prompt, 20)
+    made = continued(model, [prompt], 20, temperature=0)
+    assert made == [uncached(model, prompt, 20)]
 
 
 def test_equal_seeds_give_equal_text(model: Decoder) -> None:
@@ -42,16 +80,17 @@ def test_equal_seeds_give_equal_text(model: Decoder) -> None:
 
 def test_only_the_likeliest_token_is_left_by_top_k_one_and_by_a_small_top_p(model: Decoder) -> None:
     prompt = VOCAB.encode("a dog")
-    greedy = list(generate.generate_ids(model, prompt, 10, temperature=0))
-    assert list(generate.generate_ids(model, prompt, 10, temperature=2.0, top_k=1, seed=3)) == greedy
-    assert list(generate.generate_ids(model, prompt, 10, temperature=2.0, top_p=1e-6, seed=3)) == greedy
+    greedy = continued(model, [prompt], 10, temperature=0)
+    assert continued(model, [prompt], 10, temperature=2.0, top_k=1, seed=3) == greedy
+    assert continued(model, [prompt], 10, temperature=2.0, top_p=1e-6, seed=3) == greedy
 
 
 @given(st.integers(0, 2**32), st.integers(0, 12), st.floats(0.01, 1), st.floats(0.05, 5))
 @settings(deadline=None)
 def test_sampling_keeps_to_the_tokens_that_are_left(seed: int, top_k: int, top_p: float, temperature: float) -> None:
     logits = torch.randn(10, generator=torch.Generator().manual_seed(seed))
-    drawn = generate.sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(seed))
+    uniform = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    drawn = int(generate.sample(logits[None], temperature, top_k, top_p, uniform))
     order = logits.argsort(descending=True).tolist()
     probabilities = (logits / temperature).softmax(-1)
     if top_k:
@@ -74,7 +113,7 @@ def test_the_unknown_token_is_never_written(model: Decoder) -> None:
 def test_the_model_is_left_in_its_mode(model: Decoder) -> None:
     for mode in (True, False):
         model.train(mode)
-        list(generate.generate_ids(model, [1], 3))
+        list(generate.generate_ids(model, [[1]], 3))
         assert model.training is mode
 
 
@@ -100,3 +139,17 @@ def test_a_parameter_out_of_range_is_refused(model: Decoder, arguments: dict[str
 def test_a_seed_text_without_a_known_word_is_refused(model: Decoder, text: str) -> None:
     with pytest.raises(UserError, match="the seed text must hold"):
         generate.generate_text(model, VOCAB, text)
+
+
+def test_a_copy_for_generation_keeps_its_matrices_in_bf16_and_says_nearly_the_same(model: Decoder) -> None:
+    copied = generate.for_generation(model, torch.bfloat16)
+    assert copied.head.weight.dtype == copied.layers[0].up.weight.dtype == torch.bfloat16
+    assert copied.embedding.weight.dtype == model.head.weight.dtype == torch.float32
+    prompts = [VOCAB.encode("the cat sat"), VOCAB.encode("a dog")]
+    logits, _ = generate.next_token_logits(model, [prompts[0]], None)
+    rounded, cache = generate.next_token_logits(copied, [prompts[0]], None)
+    torch.testing.assert_close(rounded, logits, atol=0.05, rtol=0)
+    assert cache is not None
+    assert cache.keys[0].dtype == torch.bfloat16
+    exact = generate.for_generation(model, torch.float32)
+    assert continued(exact, prompts, 9, seed=1) == continued(model, prompts, 9, seed=1)
