@@ -54,7 +54,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds, read and checked."""
+    """What a folder holds, read and checked; without optimizers where they were not saved."""
 
     config: Config
     vocab: Vocab
@@ -145,12 +145,14 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
                 )
         config = Config.from_flat(about["config"])
         vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
-        state = TrainState.new(config, len(vocab), device or torch.device("cpu"))
+        model = Decoder(config.model, len(vocab)).to(device or torch.device("cpu"))
+        goes_on = "optimizer.safetensors" in about["sha256"]
+        state = TrainState(model, build_optimizers(model, config.train) if goes_on else [])
         weights = load_file(folder / "model.safetensors")
         if config.model.tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         state.model.load_state_dict(weights)
-        if "optimizer.safetensors" in about["sha256"]:
+        if goes_on:
             _restore(state.optimizers, load_file(folder / "optimizer.safetensors"))
         state.epochs_done, state.steps_done, state.best_epoch = (
             _count(about[name]) for name in ("epochs_done", "steps_done", "best_epoch")

@@ -12,6 +12,7 @@ import platform
 import random
 from collections.abc import Generator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -91,9 +92,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def describe(device: torch.device, precision: torch.dtype) -> str:
     """One line: device, precision and threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     short = "bf16" if precision == torch.bfloat16 else "fp32"
     threads = f", {torch.get_num_threads()} threads of {os.cpu_count()}" if device.type == "cpu" else ""
     return f"{device.type} ({name}), {short}{threads}"

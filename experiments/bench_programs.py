@@ -1,0 +1,244 @@
+"""Benchmarks of whole programs: how soon they answer, and the default study against the write-up's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import cli
+from lm.config import Config
+from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.rivals import Job
+
+_HERE = Path(__file__).parent
+PROGRAMS = ("train", "tune", "compare", "report", "leak_study", "ui", "bench")
+_FIRST_STEP = """
+import sys, time, lm.train
+from experiments import train
+step = lm.train.train_step
+def first(*arguments):
+    step(*arguments)
+    print("first step at", time.time())
+    raise KeyboardInterrupt
+lm.train.train_step = first
+try:
+    train.main(sys.argv[1:])
+except KeyboardInterrupt:
+    pass
+"""
+_ECHO = """
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+class Echo(PythonModel):
+    def predict(self, context, model_input: list[str], params=None) -> list[str]:
+        return model_input
+set_model(Echo())
+"""
+_LOG_ECHO = "import sys, mlflow; mlflow.pyfunc.save_model(sys.argv[2], python_model=sys.argv[1])"
+
+
+def startup(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds until a program helps, trains and serves; a served model is held against one that does nothing."""
+    del job
+    found: dict[str, Any] = {}
+    for program in PROGRAMS:
+        times = [_seconds([str(_HERE / f"{program}.py"), "--help"]) for _ in range(3 if quick else 7)]
+        found[f"help_{program}_seconds"] = statistics.median(times)
+        name = f"{program}.py --help"
+        say(f"{name:23} {statistics.median(times):.2f} s  (from {min(times):.2f} to {max(times):.2f})")
+    with _laboratory() as environment, tempfile.TemporaryDirectory() as folder:
+        command = ["-c", _FIRST_STEP, "--corpus", "sample", "--run-name", "first step"]
+        found["first_step_new_seconds"] = _first_step(command, environment)
+        times = [_first_step(command, environment) for _ in range(2 if quick else 5)]
+        found["first_step_seconds"] = statistics.median(times)
+        warm, new = found["first_step_seconds"], found["first_step_new_seconds"]
+        say(f"first step of train.py  {warm:.1f} s, {new:.1f} s in a new store")
+        flags = ["--preset", "tiny", "--corpus", "sample", "--epochs", "1", "--trials", "1"]
+        _seconds([str(_HERE / "tune.py"), *flags], environment)
+        echo = Path(folder) / "echo.py"
+        echo.write_text(_ECHO)
+        _seconds(["-c", _LOG_ECHO, str(echo), f"{folder}/echo"], environment)
+        ours, theirs = list[float](), list[float]()
+        for _ in range(1 if quick else 3):
+            theirs.append(_served(f"{folder}/echo", environment))
+            ours.append(_served("models:/lm@champion", environment))
+        found |= {"served_seconds": statistics.median(ours), "served_echo_seconds": statistics.median(theirs)}
+        say(
+            f"mlflow models serve     {found['served_seconds']:.1f} s until it answers; "
+            f"a model that does nothing {found['served_echo_seconds']:.1f} s"
+        )
+    return found
+
+
+@contextmanager
+def _laboratory() -> Generator[dict[str, str]]:
+    """The environment of a store that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        named = {"MLFLOW_TRACKING_URI": "", "OPTUNA_STORAGE": "", "LM_ARTIFACT_ROOT": "", "LM_MLRUNS_DIR": folder}
+        yield {**os.environ, **named}
+
+
+def _seconds(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
+    start = time.perf_counter()
+    _printed(arguments, environment)
+    return time.perf_counter() - start
+
+
+def _first_step(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
+    start = time.time()
+    return float(_printed(arguments, environment).rsplit("first step at", 1)[1].split()[0]) - start
+
+
+def _printed(arguments: Sequence[str], environment: Mapping[str, str] | None) -> str:
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"a program must run to be timed: got {done.stderr.strip()[-300:]}. Try it alone.")
+    return done.stdout
+
+
+def _served(model: str, environment: Mapping[str, str]) -> float:
+    """Seconds until `mlflow models serve` answers a ping."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    environment = {
+        **environment,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{environment['LM_MLRUNS_DIR']}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow starts uvicorn by name
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        model,
+        "-p",
+        str(port),
+        "--env-manager",
+        "local",
+    ]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        server = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+        try:
+            while True:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+                        return time.perf_counter() - start
+                except OSError:
+                    if server.poll() is not None or time.perf_counter() - start > 120:
+                        said.seek(0)
+                        last = said.read().decode(errors="replace").strip()[-300:]
+                        raise UserError(f"the served model must answer: got {last}. Try it alone.") from None
+                    time.sleep(0.02)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, 15)
+            server.wait()
+
+
+def study(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The default study of 20 trials on the sample, against the write-up's loop on the same trials.
+
+    The loop's time is estimated: its measured step at each number of layers, times the steps of the epochs that the
+    study trained, with neither validation, tracking nor start-up. Its best perplexity is measured: it is trained at
+    the winner's point, for as many epochs as the winner had.
+    """
+    from experiments.study import best_value, complete, latest_study, open_storage
+
+    config = job.config.override({"corpus": "sample"})
+    trials = 4 if quick else 20
+    with _laboratory() as environment:
+        flags = [
+            part
+            for name, value in config.flat().items()
+            if value != Config().flat()[name] or name == "corpus"
+            for part in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        say(f"python experiments/tune.py --trials {trials} {' '.join(flags)}")
+        seconds = _seconds([str(_HERE / "tune.py"), "--trials", str(trials), *flags], environment)
+        found = latest_study(open_storage(f"sqlite:///{environment['LM_MLRUNS_DIR']}/optuna.db"), None)
+        finished = [t for t in found.get_trials() if t.state.is_finished()]
+        winner = min(complete(found), key=best_value)
+    say(f"ours     {seconds:.0f} s, best perplexity {best_value(winner):.2f} ({winner.params})")
+    text, steps_an_epoch = _sample(config)
+    layers = sorted({int(t.params["n_layers"]) for t in finished})
+    step_seconds = {n: _literal_seconds(config.override({"n_layers": n}), len(text.vocab)) for n in layers}
+    epochs = {n: sum(len(t.intermediate_values) for t in finished if t.params["n_layers"] == n) for n in layers}
+    estimated = sum(step_seconds[n] * steps_an_epoch * epochs[n] for n in layers)
+    say(f"literal  {estimated:.0f} s (estimated: {steps_an_epoch} steps an epoch, {sum(epochs.values())} epochs)")
+    point = config.override({**winner.params, "epochs": len(winner.intermediate_values)})
+    about = step_seconds[int(winner.params["n_layers"])] * steps_an_epoch * point.train.epochs
+    say(f"literal  trains the winner's point, about {cli.duration(about)}")
+    literal = _literal_best(point, text)
+    say(f"literal  best perplexity {literal:.2f}")
+    return {
+        "seconds": seconds,
+        "literal_seconds": estimated,
+        "ratio_vs_literal": estimated / seconds,
+        "perplexity": best_value(winner),
+        "literal_perplexity": literal,
+        "epochs": sum(epochs.values()),
+        "trials": len(finished),
+        "literal_step_seconds": {str(n): value for n, value in step_seconds.items()},
+    }
+
+
+def _sample(config: Any) -> tuple[Any, int]:
+    from experiments import text as texts
+    from experiments.settings import Settings
+
+    tokens = texts.read_text(config.data, Settings.load()).tokens
+    return tokens, tokens.windows("train", config.model.seq_len).n_batches(config.train.batch_size)
+
+
+def _literal_seconds(config: Any, vocab_size: int) -> float:
+    from experiments.rivals import Contestant, Job
+
+    contestant = Contestant("literal", Job(config, vocab_size))
+    contestant.run(1)
+    seconds = statistics.median(contestant.run(4))
+    contestant.close()
+    return seconds
+
+
+def _literal_best(config: Any, tokens: Any) -> float:
+    """Best validation perplexity of the write-up's loop over the config's epochs."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    from experiments import rivals
+
+    job = rivals.Job(config, len(tokens.vocab))
+    model = rivals.literal_network(job)
+    step = rivals.literal_step(job, model)
+    train, validation = (tokens.windows(split, config.model.seq_len) for split in ("train", "validation"))
+    best = math.inf
+    for epoch in range(config.train.epochs):
+        model.train()
+        for inputs_BT, targets_BT in train.shuffled(config.train.batch_size, epoch):
+            step(inputs_BT, targets_BT)
+        model.eval()
+        with torch.inference_mode():
+            nats = sum(
+                F.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum").item()
+                for inputs_BT, targets_BT in validation.in_order(config.train.batch_size)
+            )
+        best = min(best, math.exp(nats / validation.n_targets))
+    return best
