@@ -1,14 +1,15 @@
 """Time this project against the write-up's loop, Hugging Face's GPT-2 and the machine's own limit, in one run.
 
 python experiments/bench.py train                    one training step, side by side
-python experiments/bench.py train --quick --json     under 50 s, one JSON object
+python experiments/bench.py train --quick --json     under 50 s at the reference shape, one JSON object
 python experiments/bench.py generate --seq-len 256   20 tokens after 12
 python experiments/bench.py startup                  --help, first step, served model
 python experiments/bench.py study                    the default study against the write-up's loop; long
 python experiments/bench.py growth                   time and memory against vocabulary, window, layers and corpus
 
-Contestants take turns in processes of their own; a ratio is the median over rounds. Results are kept in
-mlruns/bench; --check fails when a ratio has fallen below those kept for the same shape and machine.
+Contestants take turns in processes of their own; a ratio is the median over rounds. "literal" is the network of the
+write-up as most people would write it: nn.TransformerDecoder, fp32, eager Adam. Results are kept in mlruns/bench;
+--check fails when a ratio has fallen below those kept for the same shape, machine and versions.
 """
 
 from __future__ import annotations
@@ -17,19 +18,28 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from experiments import cli
-from lm.config import Config
+from experiments.search_space import PATIENCE
+from lm.config import Config, ModelConfig, TrainConfig
 from lm.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.rivals import Job
+
+Say = Callable[[str], None]
 
 VOCAB_SIZE = 18_707
 """WikiQA's vocabulary under the recipe."""
 TOLERANCE = 0.85
 """Share of the median of kept ratios below which `--check` fails."""
 _MODES = ("train", "generate", "startup", "study", "growth")
+_WITH_RATIOS = ("train", "generate", "study")
 _TRAIN = {"ours": 4, "gpt2": 3, "literal": 1, "matmul": 6}
 _GENERATE = {
     "one text": 2, "one text, no cache": 2, "32 texts": 1, "one long text": 2, "one long text, no cache": 1,
@@ -43,12 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser(__doc__ or "")
     parser.add_argument("mode", choices=_MODES, help="what to time")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help=f"words (default: {VOCAB_SIZE:,})")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; train and generate end within 50 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds: train and generate end within 50 s at the reference shape"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--check", action="store_true", help="fail when a ratio is below those kept")
     cli.add_config_flags(parser)
     args = parser.parse(argv)
-    config = cli.config_of(args)
+    config = cli.config_of(args, **({"patience": PATIENCE} if args.mode == "study" else {}))
+    _require_read(args.mode, cli.given(args))
+    if args.check and args.mode not in _WITH_RATIOS:
+        raise UserError(f"--check needs ratios: got {args.mode}. Try one of {', '.join(_WITH_RATIOS)}.")
     if args.vocab_size < 2:
         raise UserError(f"vocab_size must be at least 2: got {args.vocab_size}. Try --vocab-size {VOCAB_SIZE}.")
 
@@ -57,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     kept = Settings.load().mlruns / "bench" / f"{args.mode}.jsonl"
     job = rivals.Job(config, args.vocab_size)
+    result: dict[str, Any] = {"mode": args.mode, "shape": _shape(job, args.quick), **about(job)}
+    usual = _usual(result, kept) if args.check else {}
     say = _quiet if args.json else _aloud
     if args.mode == "train":
         found = train(job, args.quick, say)
@@ -67,14 +84,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         measure = {"startup": bench_programs.startup, "study": bench_programs.study, "growth": growth.measure}
         found = measure[args.mode](job, args.quick, say)
-    result = {"mode": args.mode, "shape": _shape(job), **found, **about(job)}
-    fallen = _fallen(result, kept) if args.check else []
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(result) + "\n")
-    print(json.dumps(result) if args.json else f"kept in  {kept}")
+    result |= found
+    fallen = [
+        f"{name} {result[name]:.2f} against {value:.2f}"
+        for name, value in usual.items()
+        if result.get(name, 0.0) < TOLERANCE * value
+    ]
+    if not fallen:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(result) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    elif not fallen:
+        print(f"kept in  {kept}")
     if fallen:
         raise UserError(f"ratios must not fall: got {'; '.join(fallen)}. Try the same again, then look for the cause.")
+
+
+def _require_read(mode: str, given: Mapping[str, Any]) -> None:
+    """Refuse a flag that the mode would not read."""
+    read = {name for section in (ModelConfig, TrainConfig) for name in (field.name for field in fields(section))}
+    if mode == "startup":
+        read = set()
+    elif mode != "study":
+        read -= {"epochs", "patience", "schedule", "warmup_steps", "seed"}
+    for name in given:
+        if name not in read:
+            flag = name.replace("_", "-")
+            raise UserError(f"a flag must be one that bench.py {mode} reads: got --{flag}. Try without it.")
 
 
 def _aloud(line: str) -> None:
@@ -93,14 +131,15 @@ def flops_a_token(config: Config, vocab_size: int) -> float:
     return 6.0 * weights + 12.0 * shape.n_layers * shape.seq_len * shape.d_model
 
 
-def take_turns(job: Any, turns: Mapping[str, int], quick: bool, say: Any) -> tuple[dict[str, list[float]], Any]:
+def take_turns(job: Job, turns: Mapping[str, int], quick: bool, say: Say) -> tuple[dict[str, list[float]], Any]:
     """Median seconds of a step in each round, for each contestant, and the most memory each had (MiB)."""
     from experiments.rivals import Contestant
 
     started = time.perf_counter()
-    contestants = [Contestant(name, job) for name in turns]
+    contestants: list[Contestant] = []
     rounds: dict[str, list[float]] = {name: [] for name in turns}
     try:
+        contestants.extend(Contestant(name, job) for name in turns)
         for contestant in contestants:
             contestant.run(1 if contestant.name == "literal" else 3)
         budget = _QUICK_SECONDS if quick else _SECONDS
@@ -135,7 +174,7 @@ def _summary(rounds: Mapping[str, list[float]], peaks: Mapping[str, float]) -> d
     }
 
 
-def _table(summary: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int], say: Any) -> None:
+def _table(summary: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int], say: Say) -> None:
     width = max(map(len, summary))
     say(f"{'':{width}}  {'median':>9}  {'from':>9}  {'to':>9}  {'tokens/s':>9}  {'memory':>9}")
     for name, row in summary.items():
@@ -144,7 +183,7 @@ def _table(summary: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int], 
         say(f"{name:{width}}  {milliseconds}  {rate}  {row['peak_mib']:5,} MiB")
 
 
-def train(job: Any, quick: bool, say: Any) -> dict[str, Any]:
+def train(job: Job, quick: bool, say: Say) -> dict[str, Any]:
     """One training step of each contestant."""
     from experiments.rivals import MATMUL
 
@@ -172,7 +211,7 @@ def train(job: Any, quick: bool, say: Any) -> dict[str, Any]:
     return {**found, "ratio_limit_vs_literal": limit, "contestants": summary}
 
 
-def generate(job: Any, quick: bool, say: Any) -> dict[str, Any]:
+def generate(job: Job, quick: bool, say: Say) -> dict[str, Any]:
     """Generation of 20 tokens: with and without the cache, one text and 32, beside GPT-2."""
     from experiments.rivals import NEW, PROMPT
 
@@ -198,13 +237,11 @@ def generate(job: Any, quick: bool, say: Any) -> dict[str, Any]:
     return {**found, "contestants": summary}
 
 
-def _shape(job: Any) -> dict[str, Any]:
-    flat = job.config.flat()
-    names = ("d_model", "n_layers", "n_heads", "d_ff", "seq_len", "batch_size", "tie_embeddings", "precision", "device")
-    return {**{name: flat[name] for name in names}, "vocab_size": job.vocab_size}
+def _shape(job: Job, quick: bool) -> dict[str, Any]:
+    return {**job.config.flat(), "vocab_size": job.vocab_size, "quick": quick}
 
 
-def about(job: Any) -> dict[str, Any]:
+def about(job: Job) -> dict[str, Any]:
     """Machine, versions and time of a result."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -225,25 +262,23 @@ def about(job: Any) -> dict[str, Any]:
     }
 
 
-def _fallen(result: Mapping[str, Any], kept: Any) -> list[str]:
-    """Ratios below the kept ones of the same shape and machine, in words."""
+def _usual(result: Mapping[str, Any], kept: Path) -> dict[str, float]:
+    """The median of each ratio that was kept for this shape and machine.
+
+    Raises:
+        UserError: none was.
+    """
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
-    same = [
-        earlier
-        for earlier in map(json.loads, lines)
-        if (earlier["shape"], earlier["machine"]) == (result["shape"], result["machine"])
-    ]
+    alike = ("shape", "machine", "versions")
+    complete = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process leaves half a line
+    same = [earlier for earlier in complete if all(earlier[key] == result[key] for key in alike)]
     if not same:
         raise UserError(
-            f"--check needs an earlier result of this shape and machine: got none in {kept}. Try without --check first."
+            f"--check needs an earlier result of this shape, machine and these versions: got none in {kept}. "
+            "Try without --check first."
         )
-    fallen: list[str] = []
-    for name in sorted(result):
-        if name.startswith(("ratio_vs", "fraction")):
-            usual = statistics.median(earlier[name] for earlier in same)
-            if result[name] < TOLERANCE * usual:
-                fallen.append(f"{name} {result[name]:.2f} against {usual:.2f}")
-    return fallen
+    names = sorted(name for name in same[-1] if name.startswith(("ratio_vs", "ratio_32", "fraction")))
+    return {name: statistics.median(earlier[name] for earlier in same if name in earlier) for name in names}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from lm.errors import UserError
 
 if TYPE_CHECKING:
     from experiments.rivals import Job
+    from lm.data import TokenizedCorpus
 
 _HERE = Path(__file__).parent
 PROGRAMS = ("train", "tune", "compare", "report", "leak_study", "ui", "bench")
@@ -106,8 +108,12 @@ def _first_step(arguments: Sequence[str], environment: Mapping[str, str]) -> flo
 def _printed(arguments: Sequence[str], environment: Mapping[str, str] | None) -> str:
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"a program must run to be timed: got {done.stderr.strip()[-300:]}. Try it alone.")
+        raise UserError(f"a program must run to be timed: got {_last_line(done.stderr)}. Try it alone.")
     return done.stdout
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["nothing"])[-1][:200]
 
 
 def _served(model: str, environment: Mapping[str, str]) -> float:
@@ -133,44 +139,47 @@ def _served(model: str, environment: Mapping[str, str]) -> float:
         "--env-manager",
         "local",
     ]
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
         try:
             while True:
                 try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+                    with direct.open(f"http://127.0.0.1:{port}/ping", timeout=5):
                         return time.perf_counter() - start
                 except OSError:
                     if server.poll() is not None or time.perf_counter() - start > 120:
                         said.seek(0)
-                        last = said.read().decode(errors="replace").strip()[-300:]
+                        last = _last_line(said.read().decode(errors="replace"))
                         raise UserError(f"the served model must answer: got {last}. Try it alone.") from None
                     time.sleep(0.02)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, 15)
-            server.wait()
+                os.killpg(server.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def study(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """The default study of 20 trials on the sample, against the write-up's loop on the same trials.
 
     The loop's time is estimated: its measured step at each number of layers, times the steps of the epochs that the
-    study trained, with neither validation, tracking nor start-up. Its best perplexity is measured: it is trained at
-    the winner's point, for as many epochs as the winner had.
+    study trained, with neither validation, tracking nor start-up. Its best perplexity is measured: it is trained
+    once at the winner's point, for as many epochs as the winner had; that the point was chosen by our
+    figures favours us.
     """
+    from experiments.search_space import PATIENCE
     from experiments.study import best_value, complete, latest_study, open_storage
 
     config = job.config.override({"corpus": "sample"})
     trials = 4 if quick else 20
     with _laboratory() as environment:
-        flags = [
-            part
-            for name, value in config.flat().items()
-            if value != Config().flat()[name] or name == "corpus"
-            for part in (f"--{name.replace('_', '-')}", str(value))
-        ]
+        usual = Config().override({"patience": PATIENCE}).flat()
+        changed = {name: value for name, value in config.flat().items() if value != usual[name]}
+        flags = [part for name, value in changed.items() for part in _flag(name, value)]
         say(f"python experiments/tune.py --trials {trials} {' '.join(flags)}")
         seconds = _seconds([str(_HERE / "tune.py"), "--trials", str(trials), *flags], environment)
         found = latest_study(open_storage(f"sqlite:///{environment['LM_MLRUNS_DIR']}/optuna.db"), None)
@@ -200,7 +209,14 @@ def study(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _sample(config: Any) -> tuple[Any, int]:
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{flag}"]
+    return [f"--{flag}", str(value)]
+
+
+def _sample(config: Config) -> tuple[TokenizedCorpus, int]:
     from experiments import text as texts
     from experiments.settings import Settings
 
@@ -208,7 +224,7 @@ def _sample(config: Any) -> tuple[Any, int]:
     return tokens, tokens.windows("train", config.model.seq_len).n_batches(config.train.batch_size)
 
 
-def _literal_seconds(config: Any, vocab_size: int) -> float:
+def _literal_seconds(config: Config, vocab_size: int) -> float:
     from experiments.rivals import Contestant, Job
 
     contestant = Contestant("literal", Job(config, vocab_size))
@@ -218,26 +234,30 @@ def _literal_seconds(config: Any, vocab_size: int) -> float:
     return seconds
 
 
-def _literal_best(config: Any, tokens: Any) -> float:
+def _literal_best(config: Config, tokens: TokenizedCorpus) -> float:
     """Best validation perplexity of the write-up's loop over the config's epochs."""
     import torch
     import torch.nn.functional as F  # noqa: N812
 
     from experiments import rivals
+    from lm import runtime
 
     job = rivals.Job(config, len(tokens.vocab))
-    model = rivals.literal_network(job)
+    device = runtime.resolve_device(config.train.device)
+    model = rivals.literal_network(job).to(device)
     step = rivals.literal_step(job, model)
     train, validation = (tokens.windows(split, config.model.seq_len) for split in ("train", "validation"))
     best = math.inf
     for epoch in range(config.train.epochs):
         model.train()
         for inputs_BT, targets_BT in train.shuffled(config.train.batch_size, epoch):
-            step(inputs_BT, targets_BT)
+            step(inputs_BT.to(device), targets_BT.to(device))
         model.eval()
         with torch.inference_mode():
             nats = sum(
-                F.cross_entropy(model(inputs_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum").item()
+                F.cross_entropy(
+                    model(inputs_BT.to(device)).flatten(0, 1), targets_BT.flatten().to(device), reduction="sum"
+                ).item()
                 for inputs_BT, targets_BT in validation.in_order(config.train.batch_size)
             )
         best = min(best, math.exp(nats / validation.n_targets))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.rivals import Contestant, Job
+from experiments.rivals import Contestant, Job, peak_mib
 from lm.errors import UserError
 
 _CHUNK = 1_000_000
@@ -52,18 +54,20 @@ def measure(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]
     from experiments.settings import Settings
 
     found: dict[str, Any] = {}
-    for axis in AXES:
+    plan = {axis: {v: axis.job(job, v) for v in (axis.quick if quick else axis.values)} for axis in AXES}
+    for axis, jobs in plan.items():
         points: list[tuple[int, float, float]] = []
-        for value in axis.quick if quick else axis.values:
-            contestant = Contestant("ours", axis.job(job, value))
+        for value, varied in jobs.items():
+            contestant = Contestant("ours", varied)
             contestant.run(2)
-            seconds = statistics.median(contestant.run(3 if quick else 7)) / axis.job(job, value).tokens
+            seconds = statistics.median(contestant.run(3 if quick else 7)) / varied.tokens
             points.append((value, seconds, contestant.close()))
             say(f"{axis.name:10} {value:>11,}  {1e6 * seconds:8.0f} us a token  {points[-1][2]:8,.0f} MiB")
         found[axis.name] = _points(points)
     points = []
     for n_tokens in CORPUS[:1] if quick else CORPUS:
-        seconds, memory = _corpus(job, n_tokens)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            seconds, memory = alone.submit(_corpus, job, n_tokens).result()
         points.append((n_tokens, seconds, memory))
         say(f"{'corpus':10} {n_tokens:>11,}  {1e6 * seconds:8.0f} us a token  {memory:8,.0f} MiB")
     found["corpus"] = _points(points)
@@ -87,40 +91,37 @@ def _points(points: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
 
 
 def _exponent(values: Sequence[float], measured: Sequence[float]) -> float | None:
-    """The power by which it grew between the two largest values; None of a single one."""
-    if len(values) < 2:
+    """The power by which it grew between the two largest values; None of a single one, or of nothing."""
+    if len(values) < 2 or min(measured[-2:]) <= 0:
         return None
     return math.log(measured[-1] / measured[-2]) / math.log(values[-1] / values[-2])
 
 
 def _corpus(job: Job, n_tokens: int) -> tuple[float, float]:
-    """Seconds a token to cut the batches of an epoch, and how much memory that took (MiB), from a file of ids.
+    """Seconds a token to cut the batches of an epoch from a file of ids, and the process's memory (MiB) at the most.
 
     The text is made a million tokens at a time and never held; batches are cut from the memory-mapped file.
     """
-    import resource
-
     from lm.data import Windows
 
-    rng, before = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ids.npy"
+        path = Path(folder) / "ids"
         try:
-            ids = np.lib.format.open_memmap(path, "w+", np.uint32, (n_tokens,))
-            for start in range(0, n_tokens, _CHUNK):
-                drawn = rng.zipf(1.2, min(_CHUNK, n_tokens - start)) % job.vocab_size
-                ids[start : start + _CHUNK] = drawn
-            del ids
+            with path.open("wb") as f:
+                for start in range(0, n_tokens, _CHUNK):
+                    drawn = rng.zipf(1.2, min(_CHUNK, n_tokens - start)) % job.vocab_size
+                    f.write(drawn.astype(np.uint32).tobytes())
         except OSError as e:
             raise UserError(f"the disk must hold {4 * n_tokens:,} bytes: got {e.strerror}. Try TMPDIR=/another.") from e
-        windows = Windows(np.load(path, mmap_mode="r"), job.config.model.seq_len)
+        windows = Windows(np.memmap(path, np.uint32, "r"), job.config.model.seq_len)
         start, taken = time.perf_counter(), 0
         for inputs_BT, _ in windows.shuffled(job.config.train.batch_size, 0):
             taken += inputs_BT.numel()
             if time.perf_counter() - start > 20:
                 break
         seconds = (time.perf_counter() - start) / taken
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return seconds, peak_mib()
 
 
 def _page(found: dict[str, Any]) -> str:
@@ -139,9 +140,11 @@ def _page(found: dict[str, Any]) -> str:
         figure.update_yaxes(type="log", title_text="microseconds a token", secondary_y=False)
         figure.update_yaxes(type="log", title_text="MiB", secondary_y=True)
         exponent = points["time_exponent"]
-        says = "" if exponent is None else f"Time a token grows with power {exponent:.2f} at the end of the line, "
-        says += "" if exponent is None else f"memory with power {points['memory_exponent']:.2f}."
-        figures.append((labels[name], says or "One point.", figure))
+        memory = points["memory_exponent"]
+        says = "Too few points to say how it grows."
+        if exponent is not None and memory is not None:
+            says = f"At its end time a token grows with power {exponent:.2f}, memory with power {memory:.2f}."
+        figures.append((labels[name], says, figure))
     header = ["axis", "value", "us a token", "MiB"]
     rows = [
         [name, f"{value:,}", f"{1e6 * seconds:.0f}", f"{memory:,.0f}"]

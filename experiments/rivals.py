@@ -1,6 +1,7 @@
 """What a benchmark times side by side: this project's step, others' steps of the same shape, and the machine's limit.
 
-Each contestant is a process of its own, so that none profits from another's settings and memory is counted apart.
+Each contestant is a process of its own, so that none profits from another's settings (ours has the allocator keep its
+memory, as `lm.train.fit` does; the others run as they come) and memory is counted apart.
 """
 
 from __future__ import annotations
@@ -58,33 +59,30 @@ class Contestant:
         Raises:
             UserError: what it said when it could not do it.
         """
-        self._pipe.send(n)
         try:
+            if not self._pipe.poll():  # it may have said already why it cannot
+                self._pipe.send(n)
             answer = self._pipe.recv()
-        except EOFError as e:
+        except (EOFError, OSError) as e:
             raise UserError(f"{self.name} must stay alive: got a dead process. Try a smaller shape.") from e
         if isinstance(answer, str):
             raise UserError(answer)
         return answer
 
     def close(self) -> float:
-        """End it; returns the most memory it had, in MiB."""
-        self._pipe.send(None)
-        peak: float = self._pipe.recv()
-        self._process.join()
+        """End it; returns the most memory it had, in MiB (0 of one that had died)."""
+        peak = 0.0
+        with contextlib.suppress(OSError, EOFError):
+            self._pipe.send(None)
+            peak = float(self._pipe.recv())
+        self._process.join(timeout=10)
+        self._process.terminate()
         return peak
 
 
 def _work(name: str, job: Job, pipe: Connection) -> None:
-    from lm import runtime
-
     try:
         step = BUILD[name](job)
-    except ImportError as e:
-        pipe.recv()
-        pipe.send(f"{name} needs {e.name}. Try pip install -e '.[dev]'.")
-        return
-    with runtime.kept_memory() if name == "ours" else contextlib.nullcontext():
         while (n := pipe.recv()) is not None:
             times: list[float] = []
             for _ in range(n):
@@ -92,7 +90,19 @@ def _work(name: str, job: Job, pipe: Connection) -> None:
                 step()
                 times.append(time.perf_counter() - start)
             pipe.send(times)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+        pipe.send(peak_mib())
+    except (EOFError, KeyboardInterrupt):
+        pass  # whoever asked has gone
+    except Exception as e:
+        remedy = "pip install -e '.[dev]'" if isinstance(e, ImportError) else "a smaller shape, or --device cpu"
+        first = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        with contextlib.suppress(OSError):
+            pipe.send(f"{name} must be able to run here: got {first}. Try {remedy}.")
+
+
+def peak_mib() -> float:
+    """The most memory that this process has had, in MiB of the host."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _batches(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -124,10 +134,12 @@ def _device_and_precision(job: Job) -> tuple[torch.device, torch.dtype]:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        import torch
+    import torch
 
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _ours(job: Job) -> Callable[[], None]:
@@ -142,6 +154,7 @@ def _ours(job: Job) -> Callable[[], None]:
     model = Decoder(job.config.model, job.vocab_size).to(device).train()
     state = TrainState(model, build_optimizers(model, job.config.train))
     batch, clip_norm = _batches(job), job.config.train.clip_norm
+    runtime.keep_memory()  # as `fit` does
 
     def step() -> None:
         train_step(state, *batch(), clip_norm, precision)
@@ -229,6 +242,8 @@ def _gpt2_network(job: Job) -> nn.Module:
             resid_pdrop=shape.dropout,
             embd_pdrop=shape.dropout,
             attn_pdrop=shape.dropout,
+            activation_function=shape.activation,
+            tie_word_embeddings=shape.tie_embeddings,
             bos_token_id=0,
             eos_token_id=None,
         )
@@ -249,7 +264,7 @@ def _gpt2(job: Job) -> Callable[[], None]:
     def step() -> None:
         ids_BT = batch()[0].to(device)
         with runtime.autocast(device, precision):
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
+            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.train.clip_norm)
         optimizer.step()

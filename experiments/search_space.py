@@ -71,6 +71,8 @@ class Choice:
 
 Space = Mapping[str, Range | Choice]
 
+PATIENCE = 2
+"""Trials stop after so many epochs without a better validation loss; a trial's value is its best epoch's."""
 SPACE: dict[str, Range | Choice] = {
     "n_layers": Range(1, 8),
     "lr": Range(1e-5, 3e-3, log=True),

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.search_space import SPACE, Space, describe, parse, suggest
+from experiments.search_space import PATIENCE, SPACE, Space, describe, parse, suggest
 from lm.config import Config
 from lm.errors import DivergedError, LeakError, UserError
 
@@ -38,8 +38,6 @@ class PointError(UserError):
     """What a trial drew breaks a rule between fields, such as heads that do not divide the width."""
 
 
-PATIENCE = 2
-"""Trials stop after so many epochs without a better validation loss; a trial's value is its best epoch's."""
 _LOOK_AGAIN = 2.0
 
 

@@ -57,12 +57,16 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, unif
 
     Args:
         uniform_B: fp64 numbers from 0 up to 1: which share of the remaining mass lies before the token that is taken.
+
+    Raises:
+        UserError: logits that are not numbers.
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / temperature
     if 0 < top_k < logits_BV.shape[-1]:
-        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -torch.inf)
+        values_BK, kept_BK = logits_BV.topk(top_k)
+        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, kept_BK, values_BK)
     probabilities_BV = logits_BV.softmax(-1)
     if top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(descending=True)
@@ -70,6 +74,8 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, unif
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter(1, order_BV, ordered_BV)
     mass_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     whole_B1 = mass_BV[:, -1:]
+    if not whole_B1.isfinite().all():
+        raise UserError("a model must give finite logits to generate: got nan. Try the checkpoint of an earlier epoch.")
     at_B1 = torch.minimum(uniform_B[:, None] * whole_B1, torch.nextafter(whole_B1, torch.zeros_like(whole_B1)))
     return torch.searchsorted(mass_BV, at_B1, right=True)[:, 0]
 
@@ -121,16 +127,20 @@ def generate_ids(
     seed: int | None = None,
     banned: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Continue several texts at once; each gets the tokens that it would get alone, but for the last bit of a logit.
+    """Continue several texts at once; each gets the tokens that it would get alone, but for the rounding of logits.
+
+    Shorter prompts go on while longer ones are still read, a token at a time; a text that has its tokens costs no more.
 
     Args:
         prompts: of any lengths, each of at least one id; of one longer than the window the last `seq_len` count.
-            Shorter ones go on while longer ones are still read, a token at a time.
         seed: equal seeds give equal ids, to each text; None draws new ones.
         banned: an id never to draw.
 
     Yields:
         (text, id) as each is drawn, up to `max_length` ids a text.
+
+    Raises:
+        UserError: a parameter out of its range.
     """
     check_sampling(temperature, top_k, top_p, max_length, seed)
     was_training = model.training
@@ -140,25 +150,26 @@ def generate_ids(
         for generator in generators:
             generator.manual_seed(seed) if seed is not None else generator.seed()
         texts = [list(prompt[-model.seq_len :]) for prompt in prompts]
-        first, last = min(map(len, texts)), max(map(len, texts))
         ends = [len(text) + max_length for text in texts]
-        cache: KVCache | None = None
-        for n in range(first, last + max_length):
-            logits_BV, cache = next_token_logits(model, [text[:n] for text in texts], cache)
+        active, cache = list(range(len(texts))), None
+        n = min(map(len, texts), default=0)
+        while active:
+            logits_BV, cache = next_token_logits(model, [texts[i][:n] for i in active], cache)
+            logits_BV = logits_BV.cpu()  # a device may lack fp64, which draws are made in
             if banned is not None:
-                logits_BV = logits_BV.index_fill(1, torch.tensor([banned], device=logits_BV.device), -torch.inf)
-            drawing = [n == len(text) < end for text, end in zip(texts, ends, strict=True)]
-            uniform = [
-                torch.rand((), generator=g, dtype=torch.float64) if draws else torch.zeros((), dtype=torch.float64)
-                for g, draws in zip(generators, drawing, strict=True)
-            ]
-            drawn = sample(logits_BV, temperature, top_k, top_p, torch.stack(uniform).to(logits_BV.device)).tolist()
-            for i, text in enumerate(texts):
-                if drawing[i]:
-                    text.append(drawn[i])
-                    yield i, drawn[i]
-                elif n == len(text):
-                    text.append(text[-1])  # it has ended; what follows is not looked at
+                logits_BV = logits_BV.index_fill(1, torch.tensor([banned]), -torch.inf)
+            rows = [row for row, i in enumerate(active) if len(texts[i]) == n]
+            uniform = [torch.rand((), generator=generators[active[row]], dtype=torch.float64) for row in rows]
+            if rows:
+                drawn = sample(logits_BV[rows], temperature, top_k, top_p, torch.stack(uniform)).tolist()
+                for row, new in zip(rows, drawn, strict=True):
+                    texts[active[row]].append(new)
+                    yield active[row], new
+            going = [row for row, i in enumerate(active) if len(texts[i]) < ends[i]]
+            if len(going) < len(active):
+                active = [active[row] for row in going]
+                cache = cache.of(going) if cache is not None else None
+            n += 1
     finally:
         model.train(was_training)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _LOGITS_AT_ONCE = 2**25
 """As many as a matrix product is given: 64 MiB in bf16. Fewer than 512 positions would slow it."""
@@ -41,7 +42,7 @@ class _HeadNats(torch.autograd.Function):
         grad_x_ND = torch.empty_like(x_ND)
         grad_weight_VD: Tensor | None = None
         grad_bias_V = torch.zeros_like(bias_V)
-        rows = _rows(_LOGITS_AT_ONCE, bias_V)
+        rows = _rows(_LOGITS_AT_ONCE, len(bias_V))
         for i in range(0, len(x_ND), rows):
             x_CD = x_ND[i : i + rows]
             logits_CV = x_CD @ cast_VD.t()
@@ -54,23 +55,27 @@ class _HeadNats(torch.autograd.Function):
         return total / divisor
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: tuple[Tensor, ...] = ctx.saved_tensors
-        if outputs[0].device.type != "cpu" or outputs[0].item() != 1:
-            gradients = tuple(gradient * outputs[0] for gradient in gradients)
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of ctx
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        factor, gradients = outputs[0], ctx.saved_tensors
+        if factor.device.type != "cpu" or factor.item() != 1:
+            gradients = tuple(gradient * factor for gradient in gradients)
         return *gradients, None, None, None
 
 
 def _to_gradients(logits_CV: Tensor, bias_V: Tensor, targets_C: Tensor) -> Tensor:
     """Turn logits without their bias into the gradient of their summed nats, in place; returns that sum."""
     total = torch.zeros((), device=logits_CV.device)
-    rows = _rows(_LOGITS_A_CHUNK, bias_V)
+    on_cpu = logits_CV.device.type == "cpu"
+    rows = _rows(_LOGITS_A_CHUNK, len(bias_V)) if on_cpu else len(logits_CV)
     for part_CV, targets_part_C in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
         targets_C1 = targets_part_C[:, None]
         biased_CV = part_CV.float().add_(bias_V)
         p_CV = biased_CV.softmax(dim=-1)  # half the time of log_softmax with exp
         p_target_C1 = p_CV.gather(1, targets_C1)
-        if (p_target_C1 < _LEAST).any():
+        if not on_cpu or (p_target_C1 < _LEAST).any():  # elsewhere the question would wait for the device
             total -= biased_CV.log_softmax(dim=-1).gather(1, targets_C1).sum()
         else:
             total -= p_target_C1.log().sum()
@@ -78,12 +83,14 @@ def _to_gradients(logits_CV: Tensor, bias_V: Tensor, targets_C: Tensor) -> Tenso
     return total
 
 
-def _rows(logits: int, of_vocabulary: Tensor) -> int:
-    return max(1, logits // of_vocabulary.shape[-1])
+def _rows(logits: int, vocab_size: int) -> int:
+    return max(1, logits // vocab_size)
 
 
 def mean_nats(head: torch.nn.Linear, x_BTD: Tensor, targets_BT: Tensor, precision: torch.dtype) -> Tensor:
     """Negative log-likelihood a target, a scalar in fp32: cross-entropy of `head(x_BTD)`, with its gradients.
+
+    They are made at once, so that this may be differentiated once, and `backward` be called once.
 
     Args:
         head: from D to V, with a bias.
@@ -99,7 +106,7 @@ def mean_nats(head: torch.nn.Linear, x_BTD: Tensor, targets_BT: Tensor, precisio
 def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood [B, T] of each target in fp32, a few rows at a time."""
     logits_NV, targets_N1 = logits_BTV.flatten(0, 1), targets_BT.flatten()[:, None]
-    rows = _rows(_LOGITS_A_CHUNK, logits_NV)
+    rows = _rows(_LOGITS_A_CHUNK, logits_NV.shape[1])
     parts = [
         F.log_softmax(chunk_CV.float(), dim=-1).gather(1, targets_C1)
         for chunk_CV, targets_C1 in zip(logits_NV.split(rows), targets_N1.split(rows), strict=True)

@@ -53,6 +53,8 @@ def clip_and_step(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float)
                 gradient.div_(divisor)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
     return norm
 
 

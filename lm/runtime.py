@@ -10,7 +10,6 @@ import ctypes
 import os
 import platform
 import random
-from collections.abc import Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -59,31 +58,16 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, dtype=precision)
 
 
-@contextlib.contextmanager
-def kept_memory() -> Generator[None]:
-    """Within it, freed memory stays with the process, to be used again without the kernel's clearing of each page.
+def keep_memory() -> None:
+    """From now on freed memory stays with the process, to be used again without the kernel's clearing of each page.
 
-    A training step frees and takes as much as a quarter of a gigabyte; glibc hands large pieces back to the kernel each
-    time, which takes a sixth of the step. Elsewhere than on Linux with glibc this does nothing.
+    A training step frees and takes a quarter of a gigabyte; glibc hands large pieces back to the kernel each time,
+    which takes a sixth of the step. Elsewhere than on Linux with glibc this does nothing.
     """
-    libc = _glibc()
-    if libc is None:
-        yield
-        return
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_MAX, 65536)
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    return ctypes.CDLL(None)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:

@@ -21,7 +21,7 @@ from lm import runtime
 from lm.checkpoint import TrainState
 from lm.config import TrainConfig
 from lm.data import Windows
-from lm.errors import DivergedError
+from lm.errors import DivergedError, UserError
 from lm.evaluate import Evaluation, Scores, evaluate
 from lm.loss import mean_nats
 from lm.optim import clip_and_step, lr_at
@@ -75,38 +75,41 @@ def fit(
 
     Raises:
         DivergedError: a loss or a gradient that is not finite.
+        UserError: a state without optimizers, as of a checkpoint `best`.
     """
+    if not state.optimizers:
+        raise UserError("training needs the optimizer's state: got a checkpoint without. Try the run's last.")
+    runtime.keep_memory()
     device = state.model.device
     precision = runtime.resolve_precision(config.precision, device)
     total_steps = config.epochs * train.n_batches(config.batch_size)
-    with runtime.kept_memory():
-        while state.epochs_done < config.epochs and not out_of_patience(state, config):
-            epoch = state.epochs_done + 1
-            started = time.perf_counter()
-            trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
-            train_seconds = time.perf_counter() - started
-            label = f"epoch {epoch}/{config.epochs} validation" if progress else None
-            scores = evaluate(state.model, validation, precision, label)
-            validated = scores.total
-            if not math.isfinite(validated.nats):
-                raise DivergedError(_diverged("validation loss", validated.nats, state))
-            is_best = validated.nll < state.best_nll
-            if is_best:
-                state.best_nll, state.best_epoch = validated.nll, epoch
-            state.epochs_done += 1
-            yield EpochReport(
-                epoch=epoch,
-                step=state.steps_done,
-                train=trained,
-                scores=scores,
-                is_best=is_best,
-                best_nll=state.best_nll,
-                lr=lr,
-                grad_norm=norms.mean().item(),
-                clipped_share=(norms > config.clip_norm).double().mean().item(),
-                tokens_per_second=trained.tokens / train_seconds,
-                seconds=time.perf_counter() - started,
-            )
+    while state.epochs_done < config.epochs and not out_of_patience(state, config):
+        epoch = state.epochs_done + 1
+        started = time.perf_counter()
+        trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
+        train_seconds = time.perf_counter() - started
+        label = f"epoch {epoch}/{config.epochs} validation" if progress else None
+        scores = evaluate(state.model, validation, precision, label)
+        validated = scores.total
+        if not math.isfinite(validated.nats):
+            raise DivergedError(_diverged("validation loss", validated.nats, state))
+        is_best = validated.nll < state.best_nll
+        if is_best:
+            state.best_nll, state.best_epoch = validated.nll, epoch
+        state.epochs_done += 1
+        yield EpochReport(
+            epoch=epoch,
+            step=state.steps_done,
+            train=trained,
+            scores=scores,
+            is_best=is_best,
+            best_nll=state.best_nll,
+            lr=lr,
+            grad_norm=norms.mean().item(),
+            clipped_share=(norms > config.clip_norm).double().mean().item(),
+            tokens_per_second=trained.tokens / train_seconds,
+            seconds=time.perf_counter() - started,
+        )
 
 
 def out_of_patience(state: TrainState, config: TrainConfig) -> bool:

@@ -153,3 +153,26 @@ def test_a_copy_for_generation_keeps_its_matrices_in_bf16_and_says_nearly_the_sa
     assert cache.keys[0].dtype == torch.bfloat16
     exact = generate.for_generation(model, torch.float32)
     assert continued(exact, prompts, 9, seed=1) == continued(model, prompts, 9, seed=1)
+
+
+def test_a_text_that_has_its_tokens_costs_no_more(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    honest = Decoder.hidden
+
+    def hidden(self: Decoder, ids: torch.Tensor, *args: object) -> object:
+        seen.append((ids.shape[0], ids.shape[1]))
+        return honest(self, ids, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    list(generate.generate_ids(model, [[1], [2], [1, 2, 3, 4, 5, 6]], 2))
+    assert seen == [(3, 1), (3, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_edges_of_generation(model: Decoder) -> None:
+    assert list(generate.generate_ids(model, [], 3)) == []
+    assert generate.generate_texts(model, VOCAB, []) == []
+    ties = torch.zeros(200, 10)
+    drawn = generate.sample(ties, 1.0, 2, 1.0, torch.linspace(0, 0.999, 200, dtype=torch.float64))
+    assert len(drawn.unique()) == 2
+    with pytest.raises(UserError, match="a model must give finite logits to generate: got nan"):
+        generate.sample(torch.full((1, 4), torch.nan), 1.0, 0, 1.0, torch.zeros(1, dtype=torch.float64))

@@ -10,7 +10,7 @@ from lm import checkpoint, train
 from lm.checkpoint import TrainState
 from lm.config import Config
 from lm.data import TokenizedCorpus, Windows
-from lm.errors import DivergedError
+from lm.errors import DivergedError, UserError
 
 New = Callable[[Config], TrainState]
 
@@ -102,3 +102,10 @@ def test_bf16_comes_near_fp32(toy_config: Config, toy_text: TokenizedCorpus, new
         for c in (toy_config, toy_config.override({"precision": "bf16"}))
     )
     assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_a_state_without_optimizers_is_refused(toy_config: Config, toy_text: TokenizedCorpus, new_state: New) -> None:
+    state = new_state(toy_config)
+    state.optimizers = []
+    with pytest.raises(UserError, match="training needs the optimizer's state: got a checkpoint without"):
+        run(state, toy_text, toy_config)
