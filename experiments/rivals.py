@@ -74,7 +74,8 @@ class Contestant:
         peak = 0.0
         with contextlib.suppress(OSError, EOFError):
             self._pipe.send(None)
-            peak = float(self._pipe.recv())
+            answer = self._pipe.recv()
+            peak = answer if isinstance(answer, float) else 0.0  # else it is what went wrong
         self._process.join(timeout=10)
         self._process.terminate()
         return peak
