@@ -19,9 +19,12 @@ from mlflow.models import Model
 from mlflow.utils.time import get_current_time_millis
 
 import lm
+from lm import service
+from lm.errors import UserError
+from lm.service import Service
 
 REGISTERED = "lm"
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"
 SERVE_PORT = 5001
 _EPOCH = "lm.epoch"
 _REQUIRED = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "tqdm")
@@ -106,7 +109,7 @@ def _log(run_id: str, checkpoint: Path, epoch: int, example: str) -> str:
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _REQUIRED],
             input_example=(
                 [example],
-                {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1},
+                service.PARAMS,
             ),
         )
     return str(info.model_id)
@@ -125,7 +128,7 @@ def register_champion(
     except MlflowException as e:
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    current = _champion(client)
+    current = _holder(client, CHAMPION)
     made = next(iter(client.search_model_versions(f"name = '{REGISTERED}' and run_id = '{run_id}'")), None)
     if made is None:
         tags = {"validation_perplexity": f"{perplexity:.4f}", "tokens_digest": tokens_digest}
@@ -136,18 +139,67 @@ def register_champion(
         standing = float(current.tags["validation_perplexity"])
         if current.tags["tokens_digest"] == tokens_digest and standing <= perplexity:
             reason = f"{standing:.2f} against {perplexity:.2f} of version {made.version} on the same tokens"
+            client.set_registered_model_alias(REGISTERED, CHALLENGER, str(made.version))
             return Champion(str(current.version), False, reason)
-    client.set_registered_model_alias(REGISTERED, CHAMPION, str(made.version))
+    promote(client, str(made.version))
     return Champion(str(made.version), True, f"validation perplexity {perplexity:.2f}")
 
 
-def _champion(client: mlflow.MlflowClient) -> ModelVersion | None:
+def promote(client: mlflow.MlflowClient, version: str) -> None:
+    """Make a version the champion; the one that was is the challenger, and may be rolled back to.
+
+    Raises:
+        UserError: no such version, or one whose run was found to leak.
+    """
     try:
-        return client.get_model_version_by_alias(REGISTERED, CHAMPION)
+        promoted = client.get_model_version(REGISTERED, version)
+    except MlflowException as e:
+        raise UserError(f"a version must be in the registry: got {version}. Try one that the MLflow UI shows.") from e
+    audit = client.get_run(promoted.run_id).data.tags.get("lm.audit", "none") if promoted.run_id else "none"
+    if audit != "passed":
+        raise UserError(f"a champion must have passed its audit: got {audit[:100]}. Try another version.")
+    before = _holder(client, CHAMPION)
+    if before is not None and str(before.version) != version:
+        client.set_registered_model_alias(REGISTERED, CHALLENGER, str(before.version))
+    client.set_registered_model_alias(REGISTERED, CHAMPION, version)
+
+
+def roll_back(client: mlflow.MlflowClient) -> str:
+    """Let champion and challenger change places; returns the version that is champion now.
+
+    Raises:
+        UserError: there is no challenger.
+    """
+    challenger = _holder(client, CHALLENGER)
+    if challenger is None:
+        raise UserError(f"to roll back there must be a {CHALLENGER}: got none. Try --promote VERSION.")
+    promote(client, str(challenger.version))
+    return str(challenger.version)
+
+
+def _holder(client: mlflow.MlflowClient, alias: str) -> ModelVersion | None:
+    try:
+        return client.get_model_version_by_alias(REGISTERED, alias)
     except MlflowException as e:
         if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, or no such alias
             return None
         raise
+
+
+def load_service(model_uri: str) -> Service:
+    """The service within a registered model, in this process.
+
+    Raises:
+        UserError: no such model, or one that this project did not make.
+    """
+    try:
+        served = mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
+    except MlflowException as e:
+        first = str(e).splitlines()[0][:200]
+        raise UserError(f"the model must be in the registry: got {model_uri} ({first}). Try tune.py first.") from e
+    if not hasattr(served, "service"):
+        raise UserError(f"the model must be one of this project's present form: got {model_uri}. Try to train it anew.")
+    return served.service
 
 
 def serve_command(tracking_uri: str) -> str:

@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags, write the page, say where it is."""
     parser = cli.Parser(__doc__ or "")
     parser.add_argument("study", nargs="?", help="name of the study (default: the one begun last)")
+    parser.add_argument("--promote", metavar="VERSION", help="make a version of the registered model the champion")
+    parser.add_argument("--rollback", action="store_true", help="let champion and challenger change places")
     args = parser.parse(argv)
 
+    from experiments import export
     from experiments import study as studies
     from experiments.locks import store_lock
     from experiments.settings import Settings
@@ -41,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = Settings.load()
     tracker = Tracker(settings)
+    if args.promote or args.rollback:
+        version = args.promote or export.roll_back(tracker.client)
+        if args.promote:
+            export.promote(tracker.client, version)
+        print(f"{export.REGISTERED}@{export.CHAMPION} is version {version}")
+        print(f"serve    {export.serve_command(settings.tracking_uri)}")
+        return
     with store_lock(settings):
         storage = studies.open_storage(settings.optuna_storage)
     conclude(studies.latest_study(storage, args.study), tracker, register=False)

@@ -309,9 +309,10 @@ def _generation(batch_size: int, cached: bool = True, fill: bool = False) -> Cal
         torch.manual_seed(0)
         model = generate.for_generation(Decoder(job.config.model, job.vocab_size).to(device), precision)
         prompts = _prompts(job, batch_size, job.config.model.seq_len - NEW if fill else PROMPT)
+        asked = [generate.Prompt(prompt, NEW, seed=0) for prompt in prompts]
 
         def with_cache() -> None:
-            for _ in generate.generate_ids(model, prompts, NEW, seed=0):
+            for _ in generate.generate_ids(model, asked):
                 pass
 
         @torch.inference_mode()
@@ -322,7 +323,7 @@ def _generation(batch_size: int, cached: bool = True, fill: bool = False) -> Cal
                 with runtime.autocast(device, precision):
                     logits_BV = model(window_BT, last=1)[0][:, -1].float()
                 uniform_B = torch.rand(batch_size, dtype=torch.float64, device=device)
-                drawn = generate.sample(logits_BV, 0.8, 0, 1.0, uniform_B).tolist()
+                drawn = generate.sample(logits_BV, generate.Sampling(), uniform_B).tolist()
                 ids = [[*text, new] for text, new in zip(ids, drawn, strict=True)]
 
         return with_cache if cached else without

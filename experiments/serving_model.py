@@ -1,86 +1,211 @@
 """The model as `mlflow models serve` runs it: text in, text out. Of this project it imports `lm` alone.
 
-MLflow stores this file beside the checkpoint and a copy of `lm`, and runs it; nothing is pickled.
+MLflow stores this file beside the checkpoint and a copy of `lm`, and runs it; nothing is pickled. In MLflow's server it
+also stands at the door (`_Door`): what the server would answer with a stack trace, let wait without end, or overlook,
+is refused here in one line.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import os
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlflow.models
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import (
+    DEADLINE_EXCEEDED,
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_EXHAUSTED,
+)
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from lm import checkpoint, generate, runtime
+from lm import checkpoint, generate, runtime, service
 from lm.errors import UserError
+from lm.service import DeadlineError, Service
 
-PARAMS: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": -1}
-"""Sampling parameters and their defaults; a seed of -1 draws a new one for each call."""
+_FORMS = ("inputs", "instances", "dataframe_split", "dataframe_records")
+_SERVER = "mlflow.pyfunc.scoring_server"
 
-LIMITS = {"inputs": 64, "characters": 10_000, "max_new_tokens": 1_000, "new_tokens_in_all": 2_000}
-"""Sizes of one request; there is no deadline yet, so a large model on a slow machine may meet the server's 60 s."""
+
+class Refusal(MlflowException):
+    """An error as the caller shall see it: one line, and the code that MLflow makes an HTTP status of."""
+
+    def __init__(self, line: str, code: int, status: int) -> None:
+        super().__init__(line, error_code=code)
+        self.line, self.status = line, status
+
+    def body(self) -> str:
+        """As JSON, in MLflow's own form."""
+        return json.dumps({"error_code": self.error_code, "message": self.line})
 
 
 class ServedModel(PythonModel):
     """Continues each prompt."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the checkpoint, checking every file's digest."""
+        """Read the checkpoint, checking every file's digest, and stand at the door if a server is loading this."""
         loaded = checkpoint.load(Path(context.artifacts["checkpoint"]))
         model = loaded.state.model
         precision = runtime.resolve_precision(loaded.config.train.precision, model.device)
-        self.model, self.vocab = generate.for_generation(model, precision), loaded.vocab
+        limits = service.settings_of(os.environ)
+        self.service = Service(generate.for_generation(model, precision), loaded.vocab, limits)
+        server = sys.modules.get(_SERVER)
+        if server is not None and hasattr(server, "invocations") and hasattr(server, "asyncio"):
+            server.asyncio = _Door(server, self.service)  # pyright: ignore[reportAttributeAccessIssue]
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # MLflow's base returns nothing
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
-        """The prompts, each continued by up to `max_new_tokens` tokens.
+        """The prompts, each continued by up to `max_new_tokens` tokens; `lm.service` says what else params may ask.
 
         Raises:
-            MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) with rule, value and remedy.
+            MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) with rule, value and remedy; DEADLINE_EXCEEDED (504);
+                INTERNAL_ERROR (500) with an id that stands in the log.
         """
-        values = {**PARAMS, **(params or {})}
+        params = params or {}
+        with _Told():
+            answers = self.service.answer(model_input, params)
+        if params.get("return") == "full":
+            return [answer.full() for answer in answers]  # pyright: ignore[reportReturnType]  # MLflow knows one type alone
+        return [answer.text for answer in answers]
+
+    def predict_stream(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> Iterator[str]:
+        """The pieces of one prompt's continuation, as they come.
+
+        Raises:
+            MlflowException: as `predict`.
+        """
+        with _Told():
+            texts = [model_input] if isinstance(model_input, str) else list(model_input)  # MLflow hands one over alone
+            if len(texts) != 1:
+                raise UserError(f"a stream must have one input: got {len(texts)}. Try predict.")
+            yield from self.service.stream(texts[0], params or {})
+
+
+class _Told:
+    """Turns errors within it into refusals; what is ours to mend goes to the log under an id."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise Refusal(str(error), INVALID_PARAMETER_VALUE, 400) from error
+        if isinstance(error, DeadlineError):
+            raise Refusal(str(error), DEADLINE_EXCEEDED, 504) from error
+        if isinstance(error, Exception) and not isinstance(error, Refusal):
+            raise _ours(error) from error
+
+
+def _ours(error: Exception) -> Refusal:
+    name = secrets.token_hex(4)
+    logging.getLogger(__name__).error("error %s\n%s", name, "".join(traceback.format_exception(error)))
+    return Refusal(f"the model failed; the server's log says why under {name}", INTERNAL_ERROR, 500)
+
+
+class _Door:
+    """Stands in MLflow's server where it hands a request to a thread: `asyncio.to_thread`, the one name it replaces.
+
+    There requests can be refused before one of the server's few threads is taken.
+    """
+
+    def __init__(self, server: Any, served: Service) -> None:
+        self._server, self._served, self._limits = server, served, served.limits
+        self._threads = ThreadPoolExecutor(served.limits.waiting, thread_name_prefix="request")
+        self._inside = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def to_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Answer a request, or refuse it; anything else than a request is passed on."""
+        if function is not self._server.invocations:
+            return await asyncio.to_thread(function, *arguments)
+        began, said = time.monotonic(), {"bytes": len(arguments[0])}
+        if self._inside >= self._limits.waiting:
+            line = f"at most {self._limits.waiting} requests may wait: got one more. Try again in a second."
+            return self._answer(Refusal(line, RESOURCE_EXHAUSTED, 429), began, said)
+        self._inside += 1
         try:
-            unknown = sorted(set(values) - set(PARAMS))
-            _require(not unknown, "params", f"be among {', '.join(PARAMS)}", unknown)
-            _require(
-                len(model_input) <= LIMITS["inputs"],
-                "inputs",
-                f"be at most {LIMITS['inputs']}",
-                len(model_input),
-            )
-            for text in model_input:
-                _require(
-                    len(text) <= LIMITS["characters"],
-                    "an input",
-                    f"have at most {LIMITS['characters']} characters",
-                    len(text),
-                )
-            new = values["max_new_tokens"]
-            _require(
-                1 <= new <= LIMITS["max_new_tokens"],
-                "max_new_tokens",
-                f"be from 1 to {LIMITS['max_new_tokens']}",
-                new,
-            )
-            total, most = new * len(model_input), LIMITS["new_tokens_in_all"]
-            _require(total <= most, "max_new_tokens times inputs", f"be at most {most}", total)
-            seed = None if values["seed"] == -1 else int(values["seed"])
-            sampling = {name: values[name] for name in ("temperature", "top_k", "top_p")}
-            return generate.generate_texts(self.model, self.vocab, model_input, max_length=new, seed=seed, **sampling)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._serve, arguments, began, said)
+        finally:
+            self._inside -= 1
+
+    def _serve(self, arguments: Sequence[Any], began: float, said: dict[str, Any]) -> Any:
+        data, content_type, model, schema = arguments
+        try:
+            self._check(data, content_type or "", said)
+            answer = self._server.invocations(data, content_type, model, schema)
+            if answer.status >= 400:  # a content type that the server does not know
+                line = " ".join(str(answer.response).split())[:200]
+                return self._answer(Refusal(line, INVALID_PARAMETER_VALUE, answer.status), began, said)
+        except Refusal as e:
+            return self._answer(e, began, said)
         except UserError as e:
-            raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from e
-        except Exception as e:  # what is ours to mend stays in the log
-            logging.getLogger(__name__).exception("prediction failed")
-            raise MlflowException("the model failed; the server's log says why", error_code=INTERNAL_ERROR) from e
+            return self._answer(Refusal(str(e), INVALID_PARAMETER_VALUE, 400), began, said)
+        except MlflowException as e:  # the server's own reading of the body
+            status = e.get_http_status_code()
+            if status >= 500:
+                return self._answer(_ours(e), began, said)
+            line = 'a request must be {"inputs": ["text", ...], "params": {...}} or its dataframe forms with one column'
+            return self._answer(Refusal(f"{line}: got another. Try that.", INVALID_PARAMETER_VALUE, 400), began, said)
+        except Exception as e:
+            return self._answer(_ours(e), began, said)
+        self._log(answer.status, began, said)
+        return answer
 
+    def _check(self, data: bytes, content_type: str, said: dict[str, Any]) -> None:
+        """What MLflow would let pass, or answer with a stack trace."""
+        most = self._limits.body_bytes
+        if len(data) > most:
+            line = f"a request must have at most {most:,} bytes: got {len(data):,}. Try several."
+            raise Refusal(line, INVALID_PARAMETER_VALUE, 413)
+        if not content_type:
+            line = "a request must name its content type: got none. Try application/json."
+            raise Refusal(line, INVALID_PARAMETER_VALUE, 415)
+        if not content_type.startswith("application/json"):
+            return
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"a request must be JSON in UTF-8: got {str(e)[:100]}. Try a JSON library.") from e
+        if not isinstance(body, dict) or sum(form in body for form in _FORMS) != 1:
+            raise UserError(f"a request must be an object with one of {', '.join(_FORMS)}: got another. Try inputs.")
+        unknown = sorted(set(body) - {*_FORMS, "params"})
+        if unknown:
+            raise UserError(f"a request must hold inputs and params alone: got {ascii(unknown[0])[:100]}. Try params.")
+        params = body.get("params", {})
+        if not isinstance(params, Mapping):
+            raise UserError(f"params must be an object: got {type(params).__name__}. Try {{}}.")
+        inputs: Any = body.get("inputs", ["x"])
+        if not isinstance(inputs, list):
+            raise UserError('inputs must be a list of texts: got another. Try ["what is the"].')
+        said["inputs"] = len(inputs)
+        self._served.check(inputs, params)  # MLflow drops params that it does not know
 
-def _require(holds: bool, name: str, rule: str, got: object) -> None:
-    if not holds:
-        raise UserError(f"{name} must {rule}: got {got}.")
+    def _answer(self, refusal: Refusal, began: float, said: Mapping[str, Any]) -> Any:
+        self._log(refusal.status, began, said)
+        return self._server.InvocationsResponse(refusal.body(), refusal.status, "application/json")
+
+    def _log(self, status: int, began: float, said: Mapping[str, Any]) -> None:
+        """One JSON line a request, without its text."""
+        taken = round(1e3 * (time.monotonic() - began), 1)
+        line = {"time": round(time.time(), 3), "status": status, "milliseconds": taken, **said}
+        print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 mlflow.models.set_model(ServedModel())

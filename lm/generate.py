@@ -9,13 +9,16 @@ Shape suffixes: B batch, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lm.errors import UserError
+from lm.loss import token_nats
 from lm.model import Decoder, KVCache
 from lm.runtime import autocast
 from lm.vocab import Vocab
@@ -49,28 +52,93 @@ def next_token_logits(model: Decoder, ids: list[list[int]], cache: KVCache | Non
     return logits_B1V[:, -1].float(), cache
 
 
-@torch.inference_mode()
-def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, uniform_B: Tensor) -> Tensor:
-    """Ids [B]; temperature 0 takes the likeliest, `top_k` 0 and `top_p` 1 cut nothing off.
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's distribution; the defaults but for the temperature cut nothing off.
 
-    Nucleus sampling keeps the fewest likeliest tokens whose mass reaches `top_p` (Holtzman et al. 2020).
+    Attributes:
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: as many likeliest tokens are kept; 0 keeps all.
+        top_p: the fewest likeliest tokens whose mass reaches it are kept (Holtzman et al. 2020).
+        min_p: tokens are kept that are at least so many times as likely as the likeliest (Nguyen et al. 2024).
+        repetition_penalty: logits of tokens that stand in the text, or in the window's part of it, are divided by it
+            where positive and multiplied where negative (Keskar et al. 2019); 1 changes nothing.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        temperature, penalty = self.temperature, self.repetition_penalty
+        hot = temperature == 0 or 1e-3 <= temperature < 1e3
+        _require("temperature", temperature, hot, "be 0 (greedy) or 0.001 to 1000", 0.8)
+        _require("top_k", self.top_k, self.top_k >= 0, "be 0 (off) or above", 0)
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "be above 0 and at most 1", 1.0)
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "be from 0 (off) to 1", 0.0)
+        _require("repetition_penalty", penalty, 0.1 <= penalty <= 10, "be from 0.1 to 10 (1 is off)", 1.0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and how.
+
+    Attributes:
+        ids: at least one; of more than the window holds the last `seq_len` count.
+        max_length: new tokens at the most.
+        seed: equal seeds give equal ids; None draws a new one.
+    """
+
+    ids: Sequence[int]
+    max_length: int = 20
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("max_length", self.max_length, self.max_length >= 1, "be at least 1", 20)
+        seed = self.seed
+        _require("seed", seed, seed is None or 0 <= seed < 2**63, "be from 0 to 2**63 - 1", 0)
+
+
+class Token(NamedTuple):
+    """A token as it is drawn: of which text, and its log-probability under the model itself (nats, before sampling)."""
+
+    text: int
+    id: int
+    log_p: float
+
+
+def _require(name: str, value: object, holds: bool, rule: str, remedy: object) -> None:
+    if not holds:
+        raise UserError(f"{name} must {rule}: got {value}. Try {name}={remedy}.")
+
+
+@torch.inference_mode()
+def sample(logits_BV: Tensor, how: Sampling, uniform_B: Tensor) -> Tensor:
+    """Ids [B].
 
     Args:
+        logits_BV: after any repetition penalty.
         uniform_B: fp64 numbers from 0 up to 1: which share of the remaining mass lies before the token that is taken.
 
     Raises:
         UserError: logits that are not numbers.
     """
-    if temperature == 0:
+    if how.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        values_BK, kept_BK = logits_BV.topk(top_k)
+    logits_BV = logits_BV / how.temperature
+    if 0 < how.top_k < logits_BV.shape[-1]:
+        values_BK, kept_BK = logits_BV.topk(how.top_k)
         logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, kept_BK, values_BK)
     probabilities_BV = logits_BV.softmax(-1)
-    if top_p < 1:
+    if how.min_p > 0:
+        least_B1 = how.min_p * probabilities_BV.amax(-1, keepdim=True)
+        probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < least_B1, 0)
+    if how.top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(descending=True)
-        ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p] = 0
+        ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= how.top_p] = 0
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter(1, order_BV, ordered_BV)
     mass_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     whole_B1 = mass_BV[:, -1:]
@@ -80,24 +148,24 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, unif
     return torch.searchsorted(mass_BV, at_B1, right=True)[:, 0]
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, max_length: int, seed: int | None) -> None:
-    """Raise UserError for a sampling parameter outside its range."""
-    rules = (
-        (
-            "temperature",
-            temperature,
-            temperature == 0 or 1e-3 <= temperature < 1e3,
-            "be 0 (greedy) or 0.001 to 1000",
-            0.8,
-        ),
-        ("top_k", top_k, top_k >= 0, "be 0 (off) or above", 0),
-        ("top_p", top_p, 0 < top_p <= 1, "be above 0 and at most 1", 1.0),
-        ("max_length", max_length, max_length >= 1, "be at least 1", 20),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, "be from 0 to 2**63 - 1", 0),
-    )
-    for name, value, holds, rule, remedy in rules:
-        if not holds:
-            raise UserError(f"{name} must {rule}: got {value}. Try {name}={remedy}.")
+@torch.inference_mode()
+def _draw(
+    logits_BV: Tensor, texts: Sequence[Sequence[int]], prompts: Sequence[Prompt], uniform: list[Tensor]
+) -> Tensor:
+    """Ids [B] and log-probabilities, stacked as fp64 [2, B]: each text by its own prompt's sampling."""
+    own_BV, drawn_B = logits_BV.clone(), torch.zeros(len(texts), dtype=torch.int64)
+    alike: dict[Sampling, list[int]] = {}
+    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        alike.setdefault(prompt.sampling, []).append(row)
+        penalty = prompt.sampling.repetition_penalty
+        if penalty != 1:
+            seen = torch.tensor(sorted(set(text)))
+            values = own_BV[row, seen]
+            own_BV[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    for how, rows in alike.items():
+        drawn_B[rows] = sample(own_BV[rows], how, torch.stack([uniform[row] for row in rows]))
+    log_p_B = logits_BV.gather(1, drawn_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+    return torch.stack([drawn_B.double(), log_p_B.double()])
 
 
 def encode_prompt(vocab: Vocab, text: str) -> list[int]:
@@ -118,39 +186,27 @@ def encode_prompt(vocab: Vocab, text: str) -> list[int]:
 
 
 def generate_ids(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    max_length: int = 20,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    banned: int | None = None,
-) -> Iterator[tuple[int, int]]:
+    model: Decoder, prompts: Sequence[Prompt], banned: int | None = None, ended: Container[int] = ()
+) -> Iterator[Token]:
     """Continue several texts at once; each gets the tokens that it would get alone, but for the rounding of logits.
 
     Shorter prompts go on while longer ones are still read, a token at a time; a text that has its tokens costs no more.
 
     Args:
-        prompts: of any lengths, each of at least one id; of one longer than the window the last `seq_len` count.
-        seed: equal seeds give equal ids, to each text; None draws new ones.
         banned: an id never to draw.
+        ended: texts that shall get no more, by number; looked at after each token.
 
     Yields:
-        (text, id) as each is drawn, up to `max_length` ids a text.
-
-    Raises:
-        UserError: a parameter out of its range.
+        each token as it is drawn.
     """
-    check_sampling(temperature, top_k, top_p, max_length, seed)
     was_training = model.training
     model.eval()
     try:
         generators = [torch.Generator() for _ in prompts]
-        for generator in generators:
-            generator.manual_seed(seed) if seed is not None else generator.seed()
-        texts = [list(prompt[-model.seq_len :]) for prompt in prompts]
-        ends = [len(text) + max_length for text in texts]
+        for generator, prompt in zip(generators, prompts, strict=True):
+            generator.manual_seed(prompt.seed) if prompt.seed is not None else generator.seed()
+        texts = [list(prompt.ids[-model.seq_len :]) for prompt in prompts]
+        ends = [len(text) + prompt.max_length for text, prompt in zip(texts, prompts, strict=True)]
         active, cache = list(range(len(texts))), None
         n = min(map(len, texts), default=0)
         while active:
@@ -159,13 +215,15 @@ def generate_ids(
             if banned is not None:
                 logits_BV = logits_BV.index_fill(1, torch.tensor([banned]), -torch.inf)
             rows = [row for row, i in enumerate(active) if len(texts[i]) == n]
-            uniform = [torch.rand((), generator=generators[active[row]], dtype=torch.float64) for row in rows]
             if rows:
-                drawn = sample(logits_BV[rows], temperature, top_k, top_p, torch.stack(uniform)).tolist()
-                for row, new in zip(rows, drawn, strict=True):
-                    texts[active[row]].append(new)
-                    yield active[row], new
-            going = [row for row, i in enumerate(active) if len(texts[i]) < ends[i]]
+                drawing = [active[row] for row in rows]
+                uniform = [torch.rand((), generator=generators[i], dtype=torch.float64) for i in drawing]
+                windows = [texts[i][-model.seq_len :] for i in drawing]
+                ids, log_ps = _draw(logits_BV[rows], windows, [prompts[i] for i in drawing], uniform).tolist()
+                for i, new, log_p in zip(drawing, ids, log_ps, strict=True):
+                    texts[i].append(int(new))
+                    yield Token(i, int(new), log_p)
+            going = [row for row, i in enumerate(active) if len(texts[i]) < ends[i] and i not in ended]
             if len(going) < len(active):
                 active = [active[row] for row in going]
                 cache = cache.of(going) if cache is not None else None
@@ -174,30 +232,43 @@ def generate_ids(
         model.train(was_training)
 
 
+@torch.inference_mode()
+def perplexity(model: Decoder, ids: Sequence[int]) -> float | None:
+    """Of a text of at least two tokens, at the most the window's last; None of one."""
+    ids = ids[-model.seq_len - 1 :]
+    if len(ids) < 2:
+        return None
+    with autocast(model.device, model.head.weight.dtype):
+        logits_BTV, _ = model(torch.tensor([ids[:-1]], device=model.device))
+    return math.exp(token_nats(logits_BTV, torch.tensor([ids[1:]], device=model.device)).mean().item())
+
+
 def generate_texts(
     model: Decoder,
     vocab: Vocab,
     seed_texts: Sequence[str],
     max_length: int = 20,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int | None = None,
+    **sampling: Any,
 ) -> list[str]:
     """Continue each seed text by `max_length` tokens and return both as one text.
+
+    Args:
+        sampling: fields of `Sampling`.
 
     Raises:
         UserError: a parameter out of range, or a seed text without a known word.
     """
-    prompts = [encode_prompt(vocab, text) for text in seed_texts]
-    if not prompts:
-        return []
-    texts = [list(prompt) for prompt in prompts]
-    for i, new in generate_ids(model, prompts, max_length, temperature, top_k, top_p, seed, banned=vocab.unk_id):
-        texts[i].append(new)
+    how = Sampling(**sampling)
+    prompts = [Prompt(encode_prompt(vocab, text), max_length, how, seed) for text in seed_texts]
+    texts = [list(prompt.ids) for prompt in prompts]
+    for token in generate_ids(model, prompts, banned=vocab.unk_id):
+        texts[token.text].append(token.id)
     return [vocab.decode(text) for text in texts]
 
 
-def generate_text(model: Decoder, vocab: Vocab, seed_text: str, **sampling: Any) -> str:
+def generate_text(
+    model: Decoder, vocab: Vocab, seed_text: str, max_length: int = 20, seed: int | None = None, **sampling: Any
+) -> str:
     """`generate_texts` of one."""
-    return generate_texts(model, vocab, [seed_text], **sampling)[0]
+    return generate_texts(model, vocab, [seed_text], max_length, seed, **sampling)[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
-from experiments import export
+from experiments import chat, export, report
 from experiments.tracking import Tracker
 from lm import checkpoint
 from lm.checkpoint import TrainState
 from lm.config import Config
 from lm.data import TokenizedCorpus
+from lm.errors import UserError
 
 
 @pytest.fixture
@@ -23,8 +25,8 @@ def folder(
     return tmp_path / "best"
 
 
-def logged(tracker: Tracker, folder: Path) -> tuple[str, str]:
-    with tracker.run("test", {}) as run:
+def logged(tracker: Tracker, folder: Path, audit: str = "passed") -> tuple[str, str]:
+    with tracker.run("test", {"lm.audit": audit}) as run:
         model_id = export.log_model(
             tracker.client, run.id, folder, {"best_validation_perplexity": 7.5}, 2, ("toy", "abc")
         )
@@ -69,10 +71,10 @@ def test_a_loaded_model_continues_text_and_repeats_itself_for_a_seed(
     [
         (["qwxz"], {}, "the seed text must hold a word of the vocabulary"),
         (["the"], {"temperature": -1.0}, "temperature must be 0"),
-        (["the"], {"max_new_tokens": 0}, "max_new_tokens must be from 1 to 1000: got 0"),
-        (["the"] * 65, {}, "inputs must be at most 64: got 65"),
-        (["the"] * 50, {"max_new_tokens": 100}, "max_new_tokens times inputs must be at most 2000: got 5000"),
-        (["the " * 5000], {}, "an input must have at most 10000 characters: got 20000"),
+        (["the"], {"max_new_tokens": 0}, "max_new_tokens must be from 1 to 1,000: got 0"),
+        (["the"] * 65, {}, "inputs must be 1 to 64: got 65"),
+        (["the"] * 40, {"num_return_sequences": 2}, "num_return_sequences times inputs must be at most 64: got 80"),
+        (["the " * 5000], {}, "an input must have at most 10,000 characters: got 20000"),
     ],
 )
 def test_a_bad_request_is_an_invalid_parameter(
@@ -93,7 +95,69 @@ def test_the_champion_changes_for_a_better_model_or_another_corpus_only(tracker:
     assert worse.reason == "9.00 against 9.50 of version 2 on the same tokens"
     assert register(8.0, "a").version == "3"
     assert register(50.0, "b").version == "4"
-    assert str(tracker.client.get_model_version_by_alias("lm", "champion").version) == "4"
+    assert version_of(tracker, "champion") == "4"
+    assert version_of(tracker, "challenger") == "3"
+
+
+def version_of(tracker: Tracker, alias: str) -> str:
+    return str(tracker.client.get_model_version_by_alias("lm", alias).version)
+
+
+def test_a_champion_is_promoted_and_rolled_back_by_hand(
+    tracker: Tracker, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="to roll back there must be a challenger: got none"):
+        report.main(["--rollback"])
+    export.register_champion(tracker.client, *logged(tracker, folder), 8.0, "a")
+    export.register_champion(tracker.client, *logged(tracker, folder), 9.0, "a")
+    assert (version_of(tracker, "champion"), version_of(tracker, "challenger")) == ("1", "2")
+    report.main(["--promote", "2"])
+    assert (version_of(tracker, "champion"), version_of(tracker, "challenger")) == ("2", "1")
+    report.main(["--rollback"])
+    assert (version_of(tracker, "champion"), version_of(tracker, "challenger")) == ("1", "2")
+    assert "lm@champion is version 1" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a version must be in the registry: got 9"):
+        report.main(["--promote", "9"])
+
+
+def test_a_model_that_leaks_is_no_champion(tracker: Tracker, folder: Path) -> None:
+    leaking = logged(tracker, folder, "training path: the logits see the future")
+    with pytest.raises(UserError, match="a champion must have passed its audit: got training path"):
+        export.register_champion(tracker.client, *leaking, 1.29, "a")
+
+
+def test_a_full_answer_tells_tokens_and_reasons(served: mlflow.pyfunc.PyFuncModel) -> None:
+    [full] = served.predict(["does the otter"], params={"max_new_tokens": 4, "seed": 1, "return": "full"})
+    assert full["finish_reason"] == "length"
+    assert len(full["tokens"]) == len(full["log_probabilities"]) == 4
+    assert full["text"].startswith(full["prompt"])
+    assert full["prompt_perplexity"] > 1
+    [text] = served.predict(["does the otter"], params={"max_new_tokens": 4, "seed": 1})
+    assert text == full["text"]
+
+
+def test_a_stream_gives_the_same_text_in_pieces(served: mlflow.pyfunc.PyFuncModel) -> None:
+    params = {"max_new_tokens": 6, "seed": 1}
+    pieces = list(served.predict_stream(["does the otter"], params=params))
+    assert len(pieces) == 6
+    assert ["does the otter" + "".join(pieces)] == served.predict(["does the otter"], params=params)
+
+
+def test_chat_continues_lines_and_shows_candidates(
+    tracker: Tracker, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export.register_champion(tracker.client, *logged(tracker, folder), 8.0, "a")
+    typed = ["does the otter", "/next", "/set temperature=0", "", "/set warmth=1", "/what", "qwxz", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed) + "\n"))
+    chat.main(["--max-new-tokens", "3", "--seed", "0"])
+    printed = capsys.readouterr().out
+    assert printed.count("does the otter") == 2
+    assert printed.count("%  ") == 10
+    assert "a parameter must be one of max_new_tokens, temperature, " in printed
+    assert "a command must be /next, /set or /quit: got /what" in printed
+    assert "the seed text must hold a word of the vocabulary" in printed
+    with pytest.raises(UserError, match="the model must be in the registry: got models:/lm/77"):
+        chat.main(["--model", "models:/lm/77"])
 
 
 def test_the_champion_is_not_registered_twice(tracker: Tracker, folder: Path) -> None:

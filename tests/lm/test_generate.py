@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from lm import generate
 from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.generate import Prompt, Sampling
 from lm.model import Decoder
 from lm.vocab import Vocab
 
@@ -26,10 +27,14 @@ def uncached(model: Decoder, ids: list[int], n: int) -> list[int]:
     return ids
 
 
+def asked(prompts: list[list[int]], n: int, seed: int | None = None, **sampling: float) -> list[Prompt]:
+    return [Prompt(ids, n, Sampling(**sampling), seed) for ids in prompts]  # type: ignore[arg-type]
+
+
 def continued(model: Decoder, prompts: list[list[int]], n: int, **sampling: float) -> list[list[int]]:
     texts = [list(prompt) for prompt in prompts]
-    for i, new in generate.generate_ids(model, prompts, n, **sampling):  # type: ignore[arg-type]
-        texts[i].append(new)
+    for token in generate.generate_ids(model, asked(prompts, n, **sampling)):
+        texts[token.text].append(token.id)
     return texts
 
 
@@ -45,10 +50,10 @@ def test_each_token_is_drawn_as_often_as_it_is_likely() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -1.0]])
     n = 20_000
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = generate.sample(logits.expand(n, 5), 1.0, 0, 1.0, uniform)
+    drawn = generate.sample(logits.expand(n, 5), Sampling(1.0), uniform)
     torch.testing.assert_close(drawn.bincount(minlength=5) / n, logits[0].softmax(0), atol=0.01, rtol=0)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert generate.sample(logits.expand(2, 5), 1.0, 0, 1.0, ends).tolist() == [0, 4]
+    assert generate.sample(logits.expand(2, 5), Sampling(1.0), ends).tolist() == [0, 4]
 
 
 def test_a_token_within_the_window_costs_one_position(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +65,7 @@ def test_a_token_within_the_window_costs_one_position(model: Decoder, monkeypatc
         return honest(self, ids, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Decoder, "hidden", hidden)
-    list(generate.generate_ids(model, [[1, 2, 3]], 8))
+    list(generate.generate_ids(model, asked([[1, 2, 3]], 8)))
     assert seen == [3, 1, 1, 1, 1, 1, 8, 8]
 
 
@@ -90,7 +95,7 @@ def test_only_the_likeliest_token_is_left_by_top_k_one_and_by_a_small_top_p(mode
 def test_sampling_keeps_to_the_tokens_that_are_left(seed: int, top_k: int, top_p: float, temperature: float) -> None:
     logits = torch.randn(10, generator=torch.Generator().manual_seed(seed))
     uniform = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    drawn = int(generate.sample(logits[None], temperature, top_k, top_p, uniform))
+    drawn = int(generate.sample(logits[None], Sampling(temperature, top_k, top_p), uniform))
     order = logits.argsort(descending=True).tolist()
     probabilities = (logits / temperature).softmax(-1)
     if top_k:
@@ -113,7 +118,7 @@ def test_the_unknown_token_is_never_written(model: Decoder) -> None:
 def test_the_model_is_left_in_its_mode(model: Decoder) -> None:
     for mode in (True, False):
         model.train(mode)
-        list(generate.generate_ids(model, [[1]], 3))
+        list(generate.generate_ids(model, asked([[1]], 3)))
         assert model.training is mode
 
 
@@ -164,15 +169,53 @@ def test_a_text_that_has_its_tokens_costs_no_more(model: Decoder, monkeypatch: p
         return honest(self, ids, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Decoder, "hidden", hidden)
-    list(generate.generate_ids(model, [[1], [2], [1, 2, 3, 4, 5, 6]], 2))
+    list(generate.generate_ids(model, asked([[1], [2], [1, 2, 3, 4, 5, 6]], 2)))
     assert seen == [(3, 1), (3, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
 
 
 def test_edges_of_generation(model: Decoder) -> None:
-    assert list(generate.generate_ids(model, [], 3)) == []
+    assert list(generate.generate_ids(model, [])) == []
     assert generate.generate_texts(model, VOCAB, []) == []
     ties = torch.zeros(200, 10)
-    drawn = generate.sample(ties, 1.0, 2, 1.0, torch.linspace(0, 0.999, 200, dtype=torch.float64))
+    drawn = generate.sample(ties, Sampling(1.0, top_k=2), torch.linspace(0, 0.999, 200, dtype=torch.float64))
     assert len(drawn.unique()) == 2
     with pytest.raises(UserError, match="a model must give finite logits to generate: got nan"):
-        generate.sample(torch.full((1, 4), torch.nan), 1.0, 0, 1.0, torch.zeros(1, dtype=torch.float64))
+        generate.sample(torch.full((1, 4), torch.nan), Sampling(), torch.zeros(1, dtype=torch.float64))
+
+
+def test_min_p_keeps_what_is_likely_enough_and_penalty_lowers_what_stands_there(model: Decoder) -> None:
+    logits = torch.tensor([[3.0, 2.9, 0.0, -5.0]]).expand(200, 4)
+    uniform = torch.linspace(0, 0.999, 200, dtype=torch.float64)
+    assert generate.sample(logits, Sampling(1.0, min_p=0.5), uniform).unique().tolist() == [0, 1]
+    prompt = VOCAB.encode("the cat")
+    free = continued(model, [prompt], 12, temperature=0)[0]
+    penalised = continued(model, [prompt], 12, temperature=0, repetition_penalty=10.0)[0]
+    assert len(set(penalised)) > len(set(free))
+
+
+def test_log_probabilities_are_the_models_own(model: Decoder) -> None:
+    prompt = VOCAB.encode("the cat sat")
+    tokens = list(generate.generate_ids(model, asked([prompt], 3, temperature=0.3, top_k=3, seed=0)))
+    ids = list(prompt)
+    for token in tokens:
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0][0, -1].log_softmax(-1)[token.id]
+        assert token.log_p == pytest.approx(float(expected), abs=1e-5)
+        ids.append(token.id)
+    whole = generate.perplexity(model, ids)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:-1]]))[0][0]
+    assert whole == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).exp()), rel=1e-5
+    )
+    assert generate.perplexity(model, [1]) is None
+
+
+def test_a_text_that_was_ended_gets_no_more(model: Decoder) -> None:
+    ended: set[int] = set()
+    drawn = [0, 0]
+    for token in generate.generate_ids(model, asked([[1], [2]], 6), ended=ended):
+        drawn[token.text] += 1
+        if drawn[0] == 2:
+            ended.add(0)
+    assert drawn == [2, 6]

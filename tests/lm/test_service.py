@@ -1,0 +1,149 @@
+"""Requests checked, batched, bounded: without any server."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm import generate, service
+from lm.config import ModelConfig
+from lm.errors import UserError
+from lm.model import Decoder
+from lm.service import Answer, DeadlineError, Limits, Service
+from lm.vocab import Vocab
+
+VOCAB = Vocab.build(["the cat sat on the mat . a dog ran to the house and slept ."], min_count=1)
+
+
+def new(limits: Limits | None = None) -> Service:
+    torch.manual_seed(0)
+    return Service(
+        Decoder(ModelConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, seq_len=8), len(VOCAB)), VOCAB, limits
+    )
+
+
+SERVICE = new()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"temprature": 1.0}, "params must be among max_new_tokens, .*: got 'temprature'. Try temperature."),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number: got '5'. Try max_new_tokens=20."),
+        ({"max_new_tokens": 5.5}, "max_new_tokens must be a whole number: got 5.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number: got True"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 10**400}, "temperature must be 0"),
+        ({"temperature": None}, "temperature must be a number: got None"),
+        ({"min_p": 1.5}, "min_p must be from 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 0.1 to 10"),
+        ({"stop": [1]}, "stop must be a list of texts"),
+        ({"stop": ["x"] * 9}, "stop must be up to 8 texts"),
+        ({"seed": 2**63}, "seed must be -1"),
+        ({"num_return_sequences": 65}, "num_return_sequences must be from 1 to 64: got 65"),
+        ({"return": "all"}, "return must be text or full: got 'all'. Try return=full."),
+    ],
+)
+def test_a_param_against_its_rule_is_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SERVICE.answer(["the cat"], params)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    st.lists(JSON, max_size=3),
+    st.dictionaries(st.sampled_from(sorted(service.PARAMS)) | st.text(max_size=5), JSON, max_size=3),
+)
+@settings(deadline=None, max_examples=300)
+def test_whatever_is_asked_is_answered_or_refused_in_one_short_line(inputs: list[Any], params: dict[str, Any]) -> None:
+    try:
+        answers = SERVICE.answer(inputs, {"max_new_tokens": 2, **params})
+    except UserError as e:
+        assert "\n" not in str(e)
+        assert len(str(e)) < 700
+        assert ": got " in str(e)
+    else:
+        assert all(isinstance(answer, Answer) for answer in answers)
+
+
+def test_an_answer_is_the_same_alone_in_a_batch_and_beside_other_calls() -> None:
+    asked = {"max_new_tokens": 9, "temperature": 1.3, "seed": 4}
+    [alone] = SERVICE.answer(["the cat"], asked)
+    together = SERVICE.answer(["a dog ran to the house", "the cat", "mat"], asked)
+    assert together[1].tokens == alone.tokens
+    assert together[1].log_probabilities == pytest.approx(alone.log_probabilities, abs=1e-4)
+    found: list[Answer] = []
+    others = [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5, "max_new_tokens": 30}, {"repetition_penalty": 2.0}]
+    threads = [threading.Thread(target=lambda p=p: SERVICE.answer(["a dog"], p)) for p in others * 4]  # type: ignore[misc]
+    threads.append(threading.Thread(target=lambda: found.extend(SERVICE.answer(["the cat"], asked))))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer.text for answer in found] == [alone.text]
+
+
+def test_sequences_of_an_input_have_the_seeds_that_follow() -> None:
+    asked = {"max_new_tokens": 6, "temperature": 1.5}
+    three = SERVICE.answer(["the cat"], {**asked, "seed": 7, "num_return_sequences": 3})
+    assert [a.text for a in three] == [SERVICE.answer(["the cat"], {**asked, "seed": s})[0].text for s in (7, 8, 9)]
+    assert len({answer.text for answer in three}) > 1
+
+
+def test_a_text_ends_before_its_stop() -> None:
+    [free] = SERVICE.answer(["the cat"], {"max_new_tokens": 12, "seed": 1, "temperature": 1.5})
+    word = free.tokens[4]
+    [ended] = SERVICE.answer(["the cat"], {"max_new_tokens": 12, "seed": 1, "temperature": 1.5, "stop": word})
+    assert ended.finish_reason == "stop"
+    assert free.text.startswith(ended.text)
+    assert word not in ended.text[len("the cat") :]
+    assert len(ended.tokens) <= 5
+
+
+def test_generation_stops_at_the_deadline_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = generate.next_token_logits
+
+    def wait(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return slow(*arguments)
+
+    monkeypatch.setattr(generate, "next_token_logits", wait)
+    hasty = new(Limits(deadline_seconds=0.3))
+    with pytest.raises(DeadlineError, match=r"an answer must be made in 0.3 s: got \d+ of 100 tokens. Try fewer"):
+        hasty.answer(["the cat"], {"max_new_tokens": 100})
+    [part] = hasty.answer(["the cat"], {"max_new_tokens": 100, "return": "full"})
+    assert part.finish_reason == "deadline"
+    assert 1 <= len(part.tokens) < 20
+    assert hasty.answer(["the cat"], {"max_new_tokens": 1})[0].finish_reason == "length"
+
+
+def test_a_model_that_fails_fails_the_call_and_not_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = new()
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "next_token_logits", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            broken.answer(["the cat"], {})
+    assert len(broken.answer(["the cat"], {"max_new_tokens": 3})[0].tokens) == 3
+
+
+def test_limits_come_from_the_environment() -> None:
+    found = service.settings_of({"LM_SERVE_INPUTS": "3", "LM_SERVE_DEADLINE_SECONDS": "1.5", "LM_SERVE_WAITING": ""})
+    assert (found.inputs, found.deadline_seconds, found.waiting) == (3, 1.5, Limits().waiting)
+    with pytest.raises(UserError, match="LM_SERVE_INPUTS must be a number above 0: got '-1'. Try 64."):
+        service.settings_of({"LM_SERVE_INPUTS": "-1"})
+
+
+def test_candidates_are_the_likeliest_tokens() -> None:
+    found = SERVICE.candidates("the cat", 3)
+    assert len(found) == 3
+    assert found[0][1] >= found[1][1] >= found[2][1] > 0
