@@ -148,7 +148,7 @@ class _Door:
     def _serve(self, arguments: Sequence[Any], began: float, said: dict[str, Any]) -> Any:
         data, content_type, model, schema = arguments
         try:
-            self._check(data, content_type or "", said)
+            data = self._checked(data, content_type or "", said)
             answer = self._server.invocations(data, content_type, model, schema)
             if answer.status >= 400:  # a content type that the server does not know
                 line = " ".join(str(answer.response).split())[:200]
@@ -161,15 +161,15 @@ class _Door:
             status = e.get_http_status_code()
             if status >= 500:
                 return self._answer(_ours(e), began, said)
-            line = 'a request must be {"inputs": ["text", ...], "params": {...}} or its dataframe forms with one column'
-            return self._answer(Refusal(f"{line}: got another. Try that.", INVALID_PARAMETER_VALUE, 400), began, said)
+            line = "a request must be a table of one column of texts: got another. Try JSON with inputs."
+            return self._answer(Refusal(line, INVALID_PARAMETER_VALUE, 400), began, said)
         except Exception as e:
             return self._answer(_ours(e), began, said)
         self._log(answer.status, began, said)
         return answer
 
-    def _check(self, data: bytes, content_type: str, said: dict[str, Any]) -> None:
-        """What MLflow would let pass, or answer with a stack trace."""
+    def _checked(self, data: bytes, content_type: str, said: dict[str, Any]) -> bytes:
+        """Refuse what MLflow would let pass, or answer with a stack trace; any JSON form becomes that of inputs."""
         most = self._limits.body_bytes
         if len(data) > most:
             line = f"a request must have at most {most:,} bytes: got {len(data):,}. Try several."
@@ -178,7 +178,7 @@ class _Door:
             line = "a request must name its content type: got none. Try application/json."
             raise Refusal(line, INVALID_PARAMETER_VALUE, 415)
         if not content_type.startswith("application/json"):
-            return
+            return data
         try:
             body = json.loads(data)
         except (ValueError, RecursionError) as e:
@@ -191,11 +191,10 @@ class _Door:
         params = body.get("params", {})
         if not isinstance(params, Mapping):
             raise UserError(f"params must be an object: got {type(params).__name__}. Try {{}}.")
-        inputs: Any = body.get("inputs", ["x"])
-        if not isinstance(inputs, list):
-            raise UserError('inputs must be a list of texts: got another. Try ["what is the"].')
+        inputs = _texts(body)
         said["inputs"] = len(inputs)
         self._served.check(inputs, params)  # MLflow drops params that it does not know
+        return json.dumps({"inputs": inputs, "params": params}).encode()
 
     def _answer(self, refusal: Refusal, began: float, said: Mapping[str, Any]) -> Any:
         self._log(refusal.status, began, said)
@@ -206,6 +205,23 @@ class _Door:
         taken = round(1e3 * (time.monotonic() - began), 1)
         line = {"time": round(time.time(), 3), "status": status, "milliseconds": taken, **said}
         print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+def _texts(body: Mapping[str, Any]) -> list[Any]:
+    """The inputs of a request: a list, or the one column of a table."""
+    if "dataframe_split" in body:
+        table = body["dataframe_split"]
+        rows = table.get("data") if isinstance(table, dict) else None
+    elif "dataframe_records" in body:
+        records = body["dataframe_records"]
+        is_table = isinstance(records, list) and all(isinstance(record, dict) for record in records)
+        rows = [list(record.values()) for record in records] if is_table else None
+    else:
+        texts = body.get("inputs", body.get("instances"))
+        rows = [[text] for text in texts] if isinstance(texts, list) else None
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 1 for row in rows):
+        raise UserError('inputs must be a list of texts, or a table of one column: got another. Try ["what is the"].')
+    return [row[0] for row in rows]
 
 
 mlflow.models.set_model(ServedModel())

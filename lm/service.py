@@ -313,8 +313,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         value = value.item()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**53 else float("inf")
-    if isinstance(value, bool) or not isinstance(value, kind):
-        said = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    if isinstance(value, bool) or not isinstance(value, kind) or (kind is int and abs(value) >= 2**63):
+        said = {int: "a whole number below 2**63", float: "a number", str: "a text"}[kind]
         raise UserError(f"{name} must be {said}: got {_quoted(value)}. Try {name}={default}.")
     return value
 

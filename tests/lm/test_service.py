@@ -33,9 +33,10 @@ SERVICE = new()
     ("params", "message"),
     [
         ({"temprature": 1.0}, "params must be among max_new_tokens, .*: got 'temprature'. Try temperature."),
-        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number: got '5'. Try max_new_tokens=20."),
-        ({"max_new_tokens": 5.5}, "max_new_tokens must be a whole number: got 5.5"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number: got True"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number below .*: got '5'. Try max_new_tokens=20."),
+        ({"max_new_tokens": 5.5}, "max_new_tokens must be a whole number below .*: got 5.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number below .*: got True"),
+        ({"top_k": 10**400}, "top_k must be a whole number below"),
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"temperature": 10**400}, "temperature must be 0"),
         ({"temperature": None}, "temperature must be a number: got None"),
