@@ -4,6 +4,7 @@ python experiments/bench.py train                    one training step, side by 
 python experiments/bench.py train --quick --json     under 50 s at the reference shape, one JSON object
 python experiments/bench.py generate --seq-len 256   20 tokens after 12
 python experiments/bench.py startup                  --help, first step, served model
+python experiments/bench.py serve                    requests a second, by 1, 8 and 32 clients
 python experiments/bench.py study                    the default study against the write-up's loop; long
 python experiments/bench.py growth                   time and memory against vocabulary, window, layers and corpus
 
@@ -38,8 +39,8 @@ VOCAB_SIZE = 18_707
 """WikiQA's vocabulary under the recipe."""
 TOLERANCE = 0.85
 """Share of the median of kept ratios below which `--check` fails."""
-_MODES = ("train", "generate", "startup", "study", "growth")
-_WITH_RATIOS = ("train", "generate", "study")
+_MODES = ("train", "generate", "startup", "serve", "study", "growth")
+_WITH_RATIOS = ("train", "generate", "serve", "study")
 _TRAIN = {"ours": 4, "gpt2": 3, "literal": 1, "matmul": 6}
 _GENERATE = {
     "one text": 2, "one text, no cache": 2, "32 texts": 1, "one long text": 2, "one long text, no cache": 1,
@@ -82,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         from experiments import bench_programs, growth
 
-        measure = {"startup": bench_programs.startup, "study": bench_programs.study, "growth": growth.measure}
+        measure = {
+            "startup": bench_programs.startup,
+            "serve": bench_programs.serve,
+            "study": bench_programs.study,
+            "growth": growth.measure,
+        }
         found = measure[args.mode](job, args.quick, say)
     result |= found
     fallen = [
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _require_read(mode: str, given: Mapping[str, Any]) -> None:
     """Refuse a flag that the mode would not read."""
     read = {name for section in (ModelConfig, TrainConfig) for name in (field.name for field in fields(section))}
-    if mode == "startup":
+    if mode in ("startup", "serve"):
         read = set()
     elif mode != "study":
         read -= {"epochs", "patience", "schedule", "warmup_steps", "seed"}

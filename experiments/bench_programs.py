@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import math
 import os
 import signal
@@ -14,6 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +52,20 @@ class Echo(PythonModel):
     def predict(self, context, model_input: list[str], params=None) -> list[str]:
         return model_input
 set_model(Echo())
+"""
+_LOOP = """
+import sys, time
+from experiments import export
+from experiments.settings import Settings
+from experiments.tracking import Tracker
+Tracker(Settings.load())
+service = export.load_service("models:/lm@champion")
+n, end = 0, time.perf_counter() + float(sys.argv[1])
+start = time.perf_counter()
+while time.perf_counter() < end:
+    service.answer(["what is the"], {"max_new_tokens": 20})
+    n += 1
+print(n / (time.perf_counter() - start))
 """
 _LOG_ECHO = "import sys, mlflow; mlflow.pyfunc.save_model(sys.argv[2], python_model=sys.argv[1])"
 
@@ -118,6 +135,13 @@ def _last_line(text: str) -> str:
 
 def _served(model: str, environment: Mapping[str, str]) -> float:
     """Seconds until `mlflow models serve` answers a ping."""
+    with _serving(model, environment) as (_, seconds, _):
+        return seconds
+
+
+@contextmanager
+def _serving(model: str, environment: Mapping[str, str]) -> Generator[tuple[int, float, int]]:
+    """A served model: its port, the seconds until it answered, and the process that was started."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
@@ -147,13 +171,14 @@ def _served(model: str, environment: Mapping[str, str]) -> float:
             while True:
                 try:
                     with direct.open(f"http://127.0.0.1:{port}/ping", timeout=5):
-                        return time.perf_counter() - start
+                        break
                 except OSError:
                     if server.poll() is not None or time.perf_counter() - start > 120:
                         said.seek(0)
                         last = _last_line(said.read().decode(errors="replace"))
                         raise UserError(f"the served model must answer: got {last}. Try it alone.") from None
                     time.sleep(0.02)
+            yield port, time.perf_counter() - start, server.pid
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGTERM)
@@ -161,6 +186,77 @@ def _served(model: str, environment: Mapping[str, str]) -> float:
                 server.wait(timeout=20)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
+
+
+def serve(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Requests for 20 tokens to a served model of the tiny preset, by 1, 8 and 32 clients on this machine.
+
+    They are held against the same model called in a loop by one process. Memory is the server's, before and after.
+    """
+    del job
+    found: dict[str, Any] = {}
+    seconds, least = (3.0, 0) if quick else (60.0, 20_000)
+    with _laboratory() as environment:
+        flags = ["--preset", "tiny", "--corpus", "sample", "--epochs", "1", "--trials", "1"]
+        _seconds([str(_HERE / "tune.py"), *flags], environment)
+        alone = float(_printed(["-c", _LOOP, str(seconds / 3)], environment).split()[-1])
+        found["alone_per_second"] = alone
+        say(f"in a loop, without a server   {alone:6.1f} a second")
+        with _serving("models:/lm@champion", environment) as (port, _, pid):
+            _load(port, 4, 2.0)
+            found["memory_mib"] = [_memory(pid)]
+            asked = 0
+            for clients in (1, 8, 32):
+                times = _load(port, clients, seconds)
+                asked += len(times)
+                rate = len(times) / seconds
+                middle, slowest = (1e3 * statistics.quantiles(times, n=100)[p - 1] for p in (50, 99))
+                found[f"clients_{clients}"] = {"per_second": rate, "p50_ms": middle, "p99_ms": slowest}
+                say(
+                    f"{clients:2} clients                    {rate:6.1f} a second, {rate / alone:.2f} x the loop; "
+                    f"half within {middle:.0f} ms, 99 of 100 within {slowest:.0f} ms"
+                )
+            while asked < least:
+                asked += len(_load(port, 8, seconds))
+            found["memory_mib"].append(_memory(pid))
+            found["requests"] = asked
+    before, after = found["memory_mib"]
+    say(f"{asked:,} requests; the server's memory {before:,.0f} MiB before, {after:,.0f} MiB after")
+    found["ratio_vs_loop"] = found["clients_8"]["per_second"] / alone
+    return found
+
+
+def _load(port: int, clients: int, seconds: float) -> list[float]:
+    """Seconds of each answered request, while so many clients ask one after another."""
+    body = json.dumps({"inputs": ["what is the"], "params": {"max_new_tokens": 20}}).encode()
+    until, times = time.perf_counter() + seconds, list[float]()
+
+    def ask() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=90)
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status != 200:
+                raise UserError(f"a good request must be answered: got {answer.status}. Try the model alone.")
+            times.append(time.perf_counter() - start)
+        connection.close()
+
+    with ThreadPoolExecutor(clients) as threads:
+        for done in [threads.submit(ask) for _ in range(clients)]:
+            done.result()
+    return times
+
+
+def _memory(group: int) -> float:
+    """Resident MiB of all processes of a group (Linux)."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(status.parent.name)) == group:
+                total += int(status.read_text().partition("VmRSS:")[2].split()[0])
+    return total / 1024
 
 
 def study(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class _Row:
     stops: list[str]
     deadline: float
     call: _Call
+    full: bool
     live: bool = False
     ids: list[int] = field(default_factory=list)
 
@@ -233,12 +234,13 @@ class Service:
         for text in inputs:
             ids = generate.encode_prompt(self.vocab, text)
             shown = self.vocab.decode(ids)
-            measured = generate.perplexity(self.model, ids) if values["return"] == "full" else None
             for i in range(values["num_return_sequences"]):
                 seed = None if values["seed"] == -1 else values["seed"] + i
                 prompt = Prompt(ids, values["max_new_tokens"], how, seed)
-                answer = Answer(prompt=shown, text=shown, prompt_perplexity=measured)
-                rows.append(_Row(prompt, answer, [s for s in values["stop"] if s], deadline, call))
+                stops = [stop for stop in values["stop"] if stop]
+                rows.append(
+                    _Row(prompt, Answer(prompt=shown, text=shown), stops, deadline, call, values["return"] == "full")
+                )
         return rows
 
     def _work(self) -> None:
@@ -261,6 +263,8 @@ class Service:
             if time.monotonic() > row.deadline:  # it has waited too long
                 self._finish(row, "deadline")
                 ended.add(i)
+            elif row.full:
+                row.answer.prompt_perplexity = generate.perplexity(self.model, row.prompt.ids)
         living = [i for i in range(len(rows)) if i not in ended]
         done: set[int] = set()
         for token in generate.generate_ids(
