@@ -44,7 +44,7 @@ SERVICE = new()
         ({"repetition_penalty": 0.0}, "repetition_penalty must be from 0.1 to 10"),
         ({"stop": [1]}, "stop must be a list of texts"),
         ({"stop": ["x"] * 9}, "stop must be up to 8 texts"),
-        ({"seed": 2**63}, "seed must be -1"),
+        ({"seed": 2**62}, "seed must be -1"),
         ({"num_return_sequences": 65}, "num_return_sequences must be from 1 to 64: got 65"),
         ({"return": "all"}, "return must be text or full: got 'all'. Try return=full."),
     ],
