@@ -35,6 +35,7 @@ PARAMS: dict[str, Any] = {
 
 _ROWS = 32
 """Texts that are continued at once."""
+_IDLE_SECONDS = 1.0
 _LONGEST = 200
 """Characters of a caller's own words that an error repeats."""
 
@@ -109,7 +110,9 @@ class _Call:
 
 
 class Service:
-    """Answers calls from any number of threads; one thread of its own runs the model, first come first served.
+    """Answers calls from any number of threads, first come first served.
+
+    One thread of its own runs the model, and ends when there is nothing to do.
 
     Args:
         model: as `generate.for_generation` makes it.
@@ -138,8 +141,8 @@ class Service:
         rows = self._rows(inputs, values, deadline)
         with self._changed:
             self._waiting.extend(rows)
-            if self._worker is None or not self._worker.is_alive():
-                self._worker = threading.Thread(target=self._work, daemon=True)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work)
                 self._worker.start()
             self._changed.notify()
         call = rows[0].call if rows else _Call(0)
@@ -244,10 +247,12 @@ class Service:
         return rows
 
     def _work(self) -> None:
+        """Run batches until none has come for a second: a thread that stayed would be cut off when the process ends."""
         while True:
             with self._changed:
-                while not self._waiting:
-                    self._changed.wait()
+                if not self._changed.wait_for(lambda: bool(self._waiting), timeout=_IDLE_SECONDS):
+                    self._worker = None
+                    return
                 rows = [self._waiting.popleft() for _ in range(min(_ROWS, len(self._waiting)))]
             try:
                 self._run(rows)

@@ -5,6 +5,7 @@ import pytest
 
 from experiments.settings import ROOT, Settings
 from lm.errors import UserError
+from lm.service import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_env_example_names_every_setting_that_is_read() -> None:
     read = {part.split('"')[0] for part in source.split('get("')[1:]}
     assert len(read) == 8
     named = {line.lstrip("#").split("=")[0] for line in example.splitlines() if re.match(r"#?[A-Z_]+=", line)}
-    assert named == read
+    assert named == read | {f"LM_SERVE_{name.upper()}" for name in Limits.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("folder", ["/tmp/a?b", "/tmp/a#b", "~nobody-at-all/x"])
