@@ -63,7 +63,7 @@ def test_the_request_is_the_one_that_the_model_takes() -> None:
 
 def test_the_python_examples_name_what_is_there() -> None:
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for module, name in re.findall(r"(checkpoint|generate)\.(\w+)\(", "".join(examples)):
         assert callable(getattr(importlib.import_module(f"lm.{module}"), name))
     for module, name in re.findall(r"from (experiments\.\w+) import (\w+)", "".join(examples)):

@@ -71,7 +71,7 @@ def test_errors_are_one_line_and_an_exit_code(
     assert printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("program", ["train", "tune", "ui", "report"])
+@pytest.mark.parametrize("program", ["train", "tune", "ui", "report", "compare", "leak_study", "bench", "chat"])
 def test_help_is_quick_and_pays_for_no_library(program: str) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "experiments" / f"{program}.py"), "--help"]
     started = time.perf_counter()

@@ -214,6 +214,12 @@ def test_three_hundred_bad_requests_are_refused_in_one_line_each(champion: None,
             {"instances": GOOD["inputs"]},
         ):
             assert ask(base, {**form, "params": GOOD["params"]}) == good
+        chat = [sys.executable, str(Path(__file__).parents[2] / "experiments/chat.py"), "--url", base]
+        typed = "does the otter\n/next\n"
+        flags = ["--max-new-tokens", "5", "--seed", "1"]
+        said = subprocess.run([*chat, *flags], input=typed, capture_output=True, text=True, check=True).stdout
+        assert good[1]["predictions"][0] in said  # type: ignore[index]
+        assert "candidates need the model in this process: got --url. Try --model." in said
 
 
 @pytest.mark.timeout(600)
