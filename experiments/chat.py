@@ -10,6 +10,7 @@ parameter, an empty line lets the text so far go on, /quit ends.
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import urllib.error
@@ -46,10 +47,11 @@ class _Remote:
     def stream(self, text: str, params: dict[str, Any]) -> Iterator[str]:
         """The whole continuation at once, with the prompt as the model reads it."""
         body = json.dumps({"inputs": [text], "params": {**params, "return": "full"}}).encode()
-        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=90) as answer:
                 [made] = json.load(answer)["predictions"]
+            text, prompt = made["text"], made["prompt"]
         except urllib.error.HTTPError as e:
             said = e.read().decode(errors="replace")
             try:
@@ -59,7 +61,11 @@ class _Remote:
             raise UserError(said) from e
         except OSError as e:
             raise UserError(f"the served model must be reachable: got {e} at {self._url}. Try another --url.") from e
-        yield made["text"][len(made["prompt"]) :]
+        except (ValueError, KeyError, TypeError, http.client.HTTPException) as e:
+            raise UserError(
+                f"the address must be of a model served by this project: got {e}. Try another --url."
+            ) from e
+        yield text[len(prompt) :]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,8 @@ from lm.errors import UserError
 from lm.service import Service
 
 REGISTERED = "lm"
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+_AUDIT, _PASSED = "lm.audit", "passed"
 SERVE_PORT = 5001
 _EPOCH = "lm.epoch"
 _REQUIRED = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "tqdm")
@@ -123,6 +124,9 @@ def register_champion(
     The alias stays where it is if its model has a better validation perplexity on the same tokens. On other tokens,
     of another text or another vocabulary, perplexities cannot be compared: then the newer study's model has it.
     """
+    audit = client.get_run(run_id).data.tags.get(_AUDIT, "none")
+    if audit != _PASSED:
+        return Champion("none", False, f"its audit must have passed: {audit[:100]}")
     try:
         client.create_registered_model(REGISTERED)
     except MlflowException as e:
@@ -146,7 +150,7 @@ def register_champion(
 
 
 def promote(client: mlflow.MlflowClient, version: str) -> None:
-    """Make a version the champion; the one that was is the challenger, and may be rolled back to.
+    """Make a version the champion; the one that was is the challenger, and can be rolled back to.
 
     Raises:
         UserError: no such version, or one whose run was found to leak.
@@ -154,27 +158,30 @@ def promote(client: mlflow.MlflowClient, version: str) -> None:
     try:
         promoted = client.get_model_version(REGISTERED, version)
     except MlflowException as e:
+        if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
         raise UserError(f"a version must be in the registry: got {version}. Try one that the MLflow UI shows.") from e
-    audit = client.get_run(promoted.run_id).data.tags.get("lm.audit", "none") if promoted.run_id else "none"
-    if audit != "passed":
+    audit = client.get_run(promoted.run_id).data.tags.get(_AUDIT, "none") if promoted.run_id else "none"
+    if audit != _PASSED:
         raise UserError(f"a champion must have passed its audit: got {audit[:100]}. Try another version.")
     before = _holder(client, CHAMPION)
-    if before is not None and str(before.version) != version:
-        client.set_registered_model_alias(REGISTERED, CHALLENGER, str(before.version))
     client.set_registered_model_alias(REGISTERED, CHAMPION, version)
+    if before is not None and str(before.version) != version:
+        for alias in (PREVIOUS, CHALLENGER):
+            client.set_registered_model_alias(REGISTERED, alias, str(before.version))
 
 
 def roll_back(client: mlflow.MlflowClient) -> str:
-    """Let champion and challenger change places; returns the version that is champion now.
+    """Make the champion before this one champion again; returns its version.
 
     Raises:
-        UserError: there is no challenger.
+        UserError: there was none.
     """
-    challenger = _holder(client, CHALLENGER)
-    if challenger is None:
-        raise UserError(f"to roll back there must be a {CHALLENGER}: got none. Try --promote VERSION.")
-    promote(client, str(challenger.version))
-    return str(challenger.version)
+    previous, current = _holder(client, PREVIOUS), _holder(client, CHAMPION)
+    if previous is None or (current is not None and previous.version == current.version):
+        raise UserError("to roll back there must have been another champion: got none. Try --promote VERSION.")
+    promote(client, str(previous.version))
+    return str(previous.version)
 
 
 def _holder(client: mlflow.MlflowClient, alias: str) -> ModelVersion | None:
@@ -195,6 +202,8 @@ def load_service(model_uri: str) -> Service:
     try:
         served = mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
     except MlflowException as e:
+        if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
         first = str(e).splitlines()[0][:200]
         raise UserError(f"the model must be in the registry: got {model_uri} ({first}). Try tune.py first.") from e
     if not hasattr(served, "service"):

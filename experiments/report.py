@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from experiments import cli
 from experiments.search_space import describe, short
 from lm.config import PRESETS
+from lm.errors import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser(__doc__ or "")
     parser.add_argument("study", nargs="?", help="name of the study (default: the one begun last)")
     parser.add_argument("--promote", metavar="VERSION", help="make a version of the registered model the champion")
-    parser.add_argument("--rollback", action="store_true", help="let champion and challenger change places")
+    parser.add_argument("--rollback", action="store_true", help="make the champion before this one champion again")
     args = parser.parse(argv)
+    if args.promote is not None and args.rollback:
+        raise UserError("one version must be chosen: got --promote and --rollback. Try one of them.")
 
     from experiments import export
     from experiments import study as studies
@@ -44,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = Settings.load()
     tracker = Tracker(settings)
-    if args.promote or args.rollback:
-        version = args.promote or export.roll_back(tracker.client)
-        if args.promote:
+    if args.promote is not None or args.rollback:
+        version = args.promote if args.promote is not None else export.roll_back(tracker.client)
+        if not args.rollback:
             export.promote(tracker.client, version)
         print(f"{export.REGISTERED}@{export.CHAMPION} is version {version}")
         print(f"serve    {export.serve_command(settings.tracking_uri)}")

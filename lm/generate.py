@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lm.errors import UserError
+from lm.errors import DivergedError, UserError
 from lm.loss import token_nats
 from lm.model import Decoder, KVCache
 from lm.runtime import autocast
@@ -124,7 +124,7 @@ def sample(logits_BV: Tensor, how: Sampling, uniform_B: Tensor) -> Tensor:
         uniform_B: fp64 numbers from 0 up to 1: which share of the remaining mass lies before the token that is taken.
 
     Raises:
-        UserError: logits that are not numbers.
+        DivergedError: logits that are not numbers.
     """
     if how.temperature == 0:
         return logits_BV.argmax(-1)
@@ -138,12 +138,14 @@ def sample(logits_BV: Tensor, how: Sampling, uniform_B: Tensor) -> Tensor:
         probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < least_B1, 0)
     if how.top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(descending=True)
-        ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= how.top_p] = 0
+        cut_BV = ordered_BV.cumsum(-1) - ordered_BV >= how.top_p
+        cut_BV[:, 0] = False
+        ordered_BV[cut_BV] = 0
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter(1, order_BV, ordered_BV)
     mass_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     whole_B1 = mass_BV[:, -1:]
     if not whole_B1.isfinite().all():
-        raise UserError("a model must give finite logits to generate: got nan. Try the checkpoint of an earlier epoch.")
+        raise DivergedError("a model must give finite logits: got nan. Try the checkpoint of an earlier epoch.")
     at_B1 = torch.minimum(uniform_B[:, None] * whole_B1, torch.nextafter(whole_B1, torch.zeros_like(whole_B1)))
     return torch.searchsorted(mass_BV, at_B1, right=True)[:, 0]
 
@@ -186,50 +188,86 @@ def encode_prompt(vocab: Vocab, text: str) -> list[int]:
 
 
 def generate_ids(
-    model: Decoder, prompts: Sequence[Prompt], banned: int | None = None, ended: Container[int] = ()
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    banned: int | None = None,
+    ended: Container[int] = (),
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Iterator[Token]:
     """Continue several texts at once; each gets the tokens that it would get alone, but for the rounding of logits.
 
-    Shorter prompts go on while longer ones are still read, a token at a time; a text that has its tokens costs no more.
+    Texts of like length share a batch: shorter ones go on while longer ones are still read, a token at a time, which is
+    never longer than the new tokens take. A text that has its tokens costs no more.
 
     Args:
         banned: an id never to draw.
-        ended: texts that shall get no more, by number; looked at after each token.
+        ended: texts that shall get no more, by number; looked at after each position.
+        generators: one for each text, in place of its seed: they go on where they stand.
 
     Yields:
         each token as it is drawn.
     """
+    if generators is None:
+        generators = [new_generator(prompt.seed) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
-        generators = [torch.Generator() for _ in prompts]
-        for generator, prompt in zip(generators, prompts, strict=True):
-            generator.manual_seed(prompt.seed) if prompt.seed is not None else generator.seed()
-        texts = [list(prompt.ids[-model.seq_len :]) for prompt in prompts]
-        ends = [len(text) + prompt.max_length for text, prompt in zip(texts, prompts, strict=True)]
-        active, cache = list(range(len(texts))), None
-        n = min(map(len, texts), default=0)
-        while active:
-            logits_BV, cache = next_token_logits(model, [texts[i][:n] for i in active], cache)
-            logits_BV = logits_BV.cpu()  # a device may lack fp64, which draws are made in
-            if banned is not None:
-                logits_BV = logits_BV.index_fill(1, torch.tensor([banned]), -torch.inf)
-            rows = [row for row, i in enumerate(active) if len(texts[i]) == n]
-            if rows:
-                drawing = [active[row] for row in rows]
-                uniform = [torch.rand((), generator=generators[i], dtype=torch.float64) for i in drawing]
-                windows = [texts[i][-model.seq_len :] for i in drawing]
-                ids, log_ps = _draw(logits_BV[rows], windows, [prompts[i] for i in drawing], uniform).tolist()
-                for i, new, log_p in zip(drawing, ids, log_ps, strict=True):
-                    texts[i].append(int(new))
-                    yield Token(i, int(new), log_p)
-            going = [row for row, i in enumerate(active) if len(texts[i]) < ends[i] and i not in ended]
-            if len(going) < len(active):
-                active = [active[row] for row in going]
-                cache = cache.of(going) if cache is not None else None
-            n += 1
+        for group in _of_like_length(prompts, model.seq_len):
+            yield from _generate(model, prompts, group, banned, ended, generators)
     finally:
         model.train(was_training)
+
+
+def new_generator(seed: int | None) -> torch.Generator:
+    """A generator of its own for a text; None seeds it anew."""
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
+
+
+def _of_like_length(prompts: Sequence[Prompt], seq_len: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    lengths = [min(len(prompt.ids), seq_len) for prompt in prompts]
+    for i in sorted(range(len(prompts)), key=lengths.__getitem__):
+        if groups and lengths[i] - lengths[groups[-1][0]] <= max(8, prompts[i].max_length):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _generate(
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    group: list[int],
+    banned: int | None,
+    ended: Container[int],
+    generators: Sequence[torch.Generator],
+) -> Iterator[Token]:
+    """`generate_ids` for some of the prompts, by number."""
+    texts = {i: list(prompts[i].ids[-model.seq_len :]) for i in group}
+    ends = {i: len(texts[i]) + prompts[i].max_length for i in group}
+    active, cache = [i for i in group if i not in ended], None
+    n = min(map(len, texts.values()))
+    while active:
+        logits_BV, cache = next_token_logits(model, [texts[i][:n] for i in active], cache)
+        logits_BV = logits_BV.cpu()  # a device may lack fp64, which draws are made in
+        if banned is not None:
+            logits_BV = logits_BV.index_fill(1, torch.tensor([banned]), -torch.inf)
+        rows = [row for row, i in enumerate(active) if len(texts[i]) == n]
+        if rows:
+            drawing = [active[row] for row in rows]
+            uniform = [torch.rand((), generator=generators[i], dtype=torch.float64) for i in drawing]
+            windows = [texts[i][-model.seq_len :] for i in drawing]
+            ids, log_ps = _draw(logits_BV[rows], windows, [prompts[i] for i in drawing], uniform).tolist()
+            for i, new, log_p in zip(drawing, ids, log_ps, strict=True):
+                texts[i].append(int(new))
+                yield Token(i, int(new), log_p)
+        going = [row for row, i in enumerate(active) if len(texts[i]) < ends[i] and i not in ended]
+        if len(going) < len(active):
+            active = [active[row] for row in going]
+            cache = cache.of(going) if cache is not None else None
+        n += 1
 
 
 @torch.inference_mode()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import zip_longest
 from typing import Any
+
+import torch
 
 from lm import generate
 from lm.errors import UserError
@@ -35,6 +37,8 @@ PARAMS: dict[str, Any] = {
 
 _ROWS = 32
 """Texts that are continued at once."""
+_SLICE = 32
+"""Tokens of a text before others have their turn."""
 _IDLE_SECONDS = 1.0
 _LONGEST = 200
 """Characters of a caller's own words that an error repeats."""
@@ -64,7 +68,8 @@ class Limits:
 class Answer:
     """One continued text, which begins with the prompt as the model reads it.
 
-    Each new token has its log-probability (nats, under the model itself). It ended by `length`, `stop` or `deadline`.
+    Each new token has its log-probability (nats, under the model itself); those of a `stop` are among them. It ended by
+    `length`, `stop` or `deadline`.
     """
 
     prompt: str
@@ -95,22 +100,51 @@ class _Row:
     stops: list[str]
     deadline: float
     call: _Call
-    full: bool
-    live: bool = False
+    generator: torch.Generator
     ids: list[int] = field(default_factory=list)
+
+    def rest(self) -> Prompt:
+        """What is still to be made, as a prompt of its own."""
+        asked = self.prompt
+        left = min(_SLICE, asked.max_length - len(self.ids))
+        return Prompt([*asked.ids, *self.ids], left, asked.sampling)
 
 
 @dataclass
 class _Call:
-    """A caller who waits for so many rows."""
+    """A caller who waits for so many rows, and for the perplexity of the prompts that are `unmeasured`."""
 
     left: int
+    unmeasured: set[str] = field(default_factory=set)
+    measured: dict[str, float | None] = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
+    def tell(self) -> None:
+        """One row less."""
+        self.left -= 1
+        if self.left == 0:
+            self.done.set()
+
+    def fail(self, error: Exception) -> None:
+        """End all of its rows."""
+        self.error = error
+        self.done.set()
+
+
+class _Ended:
+    """Which rows of a batch shall get no more tokens: those that have ended, and those whose time is up."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __contains__(self, i: object) -> bool:
+        row = self._rows[i]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return bool(row.answer.finish_reason) or time.monotonic() > row.deadline
+
 
 class Service:
-    """Answers calls from any number of threads, first come first served.
+    """Answers calls from any number of threads, a few tokens of each in turn.
 
     One thread of its own runs the model, and ends when there is nothing to do.
 
@@ -122,58 +156,69 @@ class Service:
 
     def __init__(self, model: Decoder, vocab: Vocab, limits: Limits | None = None) -> None:
         self.model, self.vocab, self.limits = model, vocab, limits or Limits()
-        self._waiting: deque[_Row] = deque()
+        self._waiting: list[_Row] = []
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
 
     def answer(self, inputs: Sequence[str], params: Mapping[str, Any]) -> list[Answer]:
         """Continue each input `num_return_sequences` times; the sequences of an input stand together.
 
-        A text has the tokens that it would have alone. With a seed the sequences of an input have that seed and those
-        that follow.
+        A text has the tokens that it would have alone, but for the rounding of logits. With a seed the sequences of an
+        input have that seed and those that follow.
 
         Raises:
             UserError: what the caller can mend.
             DeadlineError: the time was up, and `return` is not "full", which shows what there is.
         """
         values = self.check(inputs, params)
-        deadline = time.monotonic() + self.limits.deadline_seconds
-        rows = self._rows(inputs, values, deadline)
+        rows = self._rows(inputs, values)
+        call = rows[0].call
         with self._changed:
             self._waiting.extend(rows)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work)
                 self._worker.start()
             self._changed.notify()
-        call = rows[0].call if rows else _Call(0)
-        if rows and not call.done.wait(2 * self.limits.deadline_seconds):
+        if not call.done.wait(2 * self.limits.deadline_seconds + 60):
             raise RuntimeError("the model's thread has not answered")
         if call.error is not None:
             raise call.error
         answers = [row.answer for row in rows]
+        for answer in answers:
+            answer.prompt_perplexity = call.measured.get(answer.prompt)
         late = [answer for answer in answers if answer.finish_reason == "deadline"]
         if late and values["return"] != "full":
-            raise DeadlineError(
-                f"an answer must be made in {self.limits.deadline_seconds:g} s: got {len(late[0].tokens)} of "
-                f"{values['max_new_tokens']} tokens. Try fewer max_new_tokens, or return=full for those there are."
-            )
+            raise self._too_late(late[0], values)
         return answers
 
     def stream(self, text: str, params: Mapping[str, Any]) -> Iterator[str]:
         """The pieces of one continuation as they come; together they are its text after the prompt.
 
+        What may turn out to be the beginning of a `stop`, or half of a character, is held back until it is known.
+
         Raises:
             UserError: what the caller can mend.
+            DeadlineError: the time was up.
         """
         values = self.check([text], {**params, "num_return_sequences": 1})
-        [row] = self._rows([text], values, time.monotonic() + self.limits.deadline_seconds)
-        row.live, said = True, row.answer.text
-        for token in generate.generate_ids(self.model, [row.prompt], banned=self.vocab.unk_id):
-            ended = self._take(row, token)
-            yield row.answer.text[len(said) :]
-            said = row.answer.text
-            if ended:
-                return
+        [row] = self._rows([text], values)
+        held, said = max((len(stop) - 1 for stop in row.stops), default=0), len(row.answer.text)
+        prompt = row.prompt
+        for token in generate.generate_ids(
+            self.model, [prompt], banned=self.vocab.unk_id, ended=_Ended([row]), generators=[row.generator]
+        ):
+            ended = self._take(row, token, with_text=True)
+            sure = row.answer.text if ended else row.answer.text[: len(row.answer.text) - held].rstrip("\ufffd")
+            yield sure[said:]
+            said = max(said, len(sure))
+        if row.answer.finish_reason in ("", "deadline"):
+            raise self._too_late(row.answer, values)
+
+    def _too_late(self, answer: Answer, values: Mapping[str, Any]) -> DeadlineError:
+        return DeadlineError(
+            f"an answer must be made in {self.limits.deadline_seconds:g} s: got {len(answer.tokens)} of "
+            f"{values['max_new_tokens']} tokens. Try fewer max_new_tokens, or return=full for those there are."
+        )
 
     def candidates(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """The likeliest next tokens after a text, with their probabilities.
@@ -181,10 +226,10 @@ class Service:
         Raises:
             UserError: a text without a known word.
         """
-        logits_BV, _ = generate.next_token_logits(
-            self.model, [generate.encode_prompt(self.vocab, text)[-self.model.seq_len :]], None
-        )
-        likeliest = logits_BV[0].softmax(-1).topk(min(n, logits_BV.shape[1]))
+        ids = generate.encode_prompt(self.vocab, text)[-self.model.seq_len :]
+        logits_BV, _ = generate.next_token_logits(self.model, [ids], None)
+        logits_V = logits_BV[0].index_fill(0, torch.tensor([self.vocab.unk_id]), -torch.inf)
+        likeliest = logits_V.softmax(-1).topk(min(n, len(logits_V) - 1))
         return [
             (self.vocab.decode([i]), p)
             for p, i in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
@@ -205,10 +250,17 @@ class Service:
         for name, default in PARAMS.items():
             values[name] = _typed(name, values[name], default)
         limits = self.limits
-        _require(1 <= len(inputs) <= limits.inputs, "inputs", f"be 1 to {limits.inputs}", len(inputs), "several calls")
+        if isinstance(inputs, str):
+            raise UserError(f"inputs must be a list of texts: got {_quoted(inputs)}. Try a list of one.")
+        n = len(inputs)
+        _require(
+            1 <= n <= limits.inputs, "inputs", f"be 1 to {limits.inputs}", n, "several calls" if n else '["what is"]'
+        )
         for text in inputs:
             if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers are strangers
                 raise UserError(f"an input must be text: got {_quoted(text)}. Try a string.")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError("an input must be Unicode text: got half of a surrogate pair. Try it without.")
             size = len(text)
             _require(
                 size <= limits.characters, "an input", f"have at most {limits.characters:,} characters", size, "less"
@@ -219,31 +271,34 @@ class Service:
         _require(
             rows <= limits.inputs, "num_return_sequences times inputs", f"be at most {limits.inputs}", rows, "fewer"
         )
-        _require(-1 <= values["seed"] < 2**62, "seed", "be -1 (a new one) or 0 to 2**62", values["seed"], "seed=0")
+        _require(
+            -1 <= values["seed"] < 2**62,
+            "seed",
+            "be -1 (a new one), or 0 and above but below 2**62",
+            values["seed"],
+            "seed=0",
+        )
         _require(values["return"] in ("text", "full"), "return", "be text or full", values["return"], "return=full")
         stops = values["stop"]
-        _require(
-            len(stops) <= 8 and all(len(s) <= _LONGEST for s in stops),
-            "stop",
-            f"be up to 8 texts of up to {_LONGEST} characters",
-            len(stops),
-            "fewer",
-        )
+        _require(len(stops) <= 8, "stop", "be up to 8 texts", len(stops), "fewer")
+        longest = max(map(len, stops), default=0)
+        _require(longest <= _LONGEST, "a stop", f"have at most {_LONGEST} characters", longest, "a shorter one")
         return values
 
-    def _rows(self, inputs: Sequence[str], values: Mapping[str, Any], deadline: float) -> list[_Row]:
+    def _rows(self, inputs: Sequence[str], values: Mapping[str, Any]) -> list[_Row]:
+        deadline = time.monotonic() + self.limits.deadline_seconds
         how = Sampling(**{name: values[name] for name in Sampling.__dataclass_fields__})
         call, rows = _Call(len(inputs) * values["num_return_sequences"]), list[_Row]()
+        stops = [stop for stop in values["stop"] if stop]
         for text in inputs:
             ids = generate.encode_prompt(self.vocab, text)
             shown = self.vocab.decode(ids)
+            if values["return"] == "full":
+                call.unmeasured.add(shown)
             for i in range(values["num_return_sequences"]):
                 seed = None if values["seed"] == -1 else values["seed"] + i
-                prompt = Prompt(ids, values["max_new_tokens"], how, seed)
-                stops = [stop for stop in values["stop"] if stop]
-                rows.append(
-                    _Row(prompt, Answer(prompt=shown, text=shown), stops, deadline, call, values["return"] == "full")
-                )
+                prompt, answer = Prompt(ids, values["max_new_tokens"], how, seed), Answer(prompt=shown, text=shown)
+                rows.append(_Row(prompt, answer, stops, deadline, call, generate.new_generator(seed)))
         return rows
 
     def _work(self) -> None:
@@ -253,34 +308,64 @@ class Service:
                 if not self._changed.wait_for(lambda: bool(self._waiting), timeout=_IDLE_SECONDS):
                     self._worker = None
                     return
-                rows = [self._waiting.popleft() for _ in range(min(_ROWS, len(self._waiting)))]
-            try:
-                self._run(rows)
-            except Exception as e:
-                for row in rows:
-                    if not row.answer.finish_reason:
-                        row.call.error = e
-                        row.call.done.set()
+                rows = self._next()
+            self._run(rows)
+            with self._changed:
+                self._waiting.extend(row for row in rows if not row.answer.finish_reason)
+                self._end_late()
+
+    def _next(self) -> list[_Row]:
+        """Take a batch from those that wait: a row of each call in turn, the calls that have waited longest first."""
+        calls: dict[int, list[_Row]] = {}
+        for row in self._waiting:
+            calls.setdefault(id(row.call), []).append(row)
+        turns = [row for turn in zip_longest(*calls.values()) for row in turn if row is not None]
+        taken = turns[:_ROWS]
+        chosen = {id(row) for row in taken}
+        self._waiting = [row for row in self._waiting if id(row) not in chosen]
+        return taken
 
     def _run(self, rows: Sequence[_Row]) -> None:
-        ended: set[int] = set()
-        for i, row in enumerate(rows):
-            if time.monotonic() > row.deadline:  # it has waited too long
-                self._finish(row, "deadline")
-                ended.add(i)
-            elif row.full:
-                row.answer.prompt_perplexity = generate.perplexity(self.model, row.prompt.ids)
-        living = [i for i in range(len(rows)) if i not in ended]
-        done: set[int] = set()
-        for token in generate.generate_ids(
-            self.model, [rows[i].prompt for i in living], banned=self.vocab.unk_id, ended=done
-        ):
-            row = rows[living[token.text]]
-            if not row.answer.finish_reason and self._take(row, token):
-                done.add(token.text)
-                self._tell(row.call)
+        """Some more tokens for each row; an error is of those calls alone that have it when run without the others."""
+        try:
+            self._continue(rows)
+        except Exception as e:
+            calls = {id(row.call): row.call for row in rows}
+            if len(calls) == 1:
+                rows[0].call.fail(e)
+                return
+            for call in calls.values():
+                self._run([row for row in rows if row.call is call and not row.answer.finish_reason])
 
-    def _take(self, row: _Row, token: Token) -> bool:
+    def _continue(self, rows: Sequence[_Row]) -> None:
+        for row in rows:
+            if row.answer.prompt in row.call.unmeasured and time.monotonic() < row.deadline:
+                row.call.unmeasured.remove(row.answer.prompt)
+                row.call.measured[row.answer.prompt] = generate.perplexity(self.model, row.prompt.ids)
+        for token in generate.generate_ids(
+            self.model,
+            [row.rest() for row in rows],
+            banned=self.vocab.unk_id,
+            ended=_Ended(rows),
+            generators=[row.generator for row in rows],
+        ):
+            row = rows[token.text]
+            if self._take(row, token):
+                row.call.tell()
+
+    def _end_late(self) -> None:
+        """End those that wait past their deadline, and leave out those whose call has failed."""
+        still: list[_Row] = []
+        for row in self._waiting:
+            if time.monotonic() > row.deadline and not row.call.done.is_set():
+                row.answer.finish_reason = "deadline"
+                row.answer.text = self.vocab.decode([*row.prompt.ids, *row.ids])
+                row.call.tell()
+            elif not row.call.done.is_set():
+                still.append(row)
+        self._waiting = still
+
+    def _take(self, row: _Row, token: Token, with_text: bool = False) -> bool:
         """Add a token to its answer; returns whether that was the last one."""
         row.ids.append(token.id)
         answer = row.answer
@@ -288,24 +373,13 @@ class Service:
         answer.log_probabilities.append(token.log_p)
         if len(row.ids) == row.prompt.max_length:
             answer.finish_reason = "length"
-        elif time.monotonic() > row.deadline:
-            answer.finish_reason = "deadline"
-        if row.stops or row.live or answer.finish_reason:
+        if row.stops or with_text or answer.finish_reason:
             answer.text = self.vocab.decode([*row.prompt.ids, *row.ids])
             new = answer.text[len(answer.prompt) :]
             at = min((new.find(stop) for stop in row.stops if stop in new), default=-1)
             if at >= 0:
                 answer.text, answer.finish_reason = answer.prompt + new[:at], "stop"
         return bool(answer.finish_reason)
-
-    def _finish(self, row: _Row, reason: str) -> None:
-        row.answer.finish_reason = reason
-        self._tell(row.call)
-
-    def _tell(self, call: _Call) -> None:
-        call.left -= 1
-        if call.left == 0:
-            call.done.set()
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
@@ -337,12 +411,14 @@ def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> Non
         raise UserError(f"{name} must {rule}: got {_quoted(got)}. Try {remedy}.")
 
 
-def settings_of(environment: Mapping[str, str]) -> Limits:
-    """Limits from `LM_SERVE_CHARACTERS` and its like.
+def limits_of(environment: Mapping[str, str]) -> Limits:
+    """Limits from `LM_SERVE_CHARACTERS` and its like; the deadline is kept below that of MLflow's server.
 
     Raises:
-        UserError: a value that is no number above 0.
+        UserError: a value that is no number above 0, or a deadline that the server would not wait for.
     """
+    server = environment.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT") or "60"
+    most = float(server) if server.replace(".", "", 1).isdigit() else 60.0
     found: dict[str, Any] = {}
     for name, default in Limits().__dict__.items():
         written = environment.get(f"LM_SERVE_{name.upper()}")
@@ -352,5 +428,10 @@ def settings_of(environment: Mapping[str, str]) -> Limits:
                 found[name] = kind(written)
             except ValueError:
                 found[name] = 0
-            _require(found[name] > 0, f"LM_SERVE_{name.upper()}", "be a number above 0", written, f"{default}")
-    return Limits(**found)
+            whole = "a whole number" if kind is int else "a number"
+            _require(0 < found[name] < 2**40, f"LM_SERVE_{name.upper()}", f"be {whole} above 0", written, f"{default}")
+    limits = Limits(**found)
+    rule = f"be below the server's {most:g} s (MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT)"
+    late = limits.deadline_seconds
+    _require(late < most, "LM_SERVE_DEADLINE_SECONDS", rule, late, f"{most / 2:g}")
+    return limits

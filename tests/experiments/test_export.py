@@ -106,8 +106,10 @@ def version_of(tracker: Tracker, alias: str) -> str:
 def test_a_champion_is_promoted_and_rolled_back_by_hand(
     tracker: Tracker, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="to roll back there must be a challenger: got none"):
+    with pytest.raises(UserError, match="to roll back there must have been another champion: got none"):
         report.main(["--rollback"])
+    with pytest.raises(UserError, match="one version must be chosen"):
+        report.main(["--rollback", "--promote", "1"])
     export.register_champion(tracker.client, *logged(tracker, folder), 8.0, "a")
     export.register_champion(tracker.client, *logged(tracker, folder), 9.0, "a")
     assert (version_of(tracker, "champion"), version_of(tracker, "challenger")) == ("1", "2")
@@ -122,8 +124,19 @@ def test_a_champion_is_promoted_and_rolled_back_by_hand(
 
 def test_a_model_that_leaks_is_no_champion(tracker: Tracker, folder: Path) -> None:
     leaking = logged(tracker, folder, "training path: the logits see the future")
-    with pytest.raises(UserError, match="a champion must have passed its audit: got training path"):
-        export.register_champion(tracker.client, *leaking, 1.29, "a")
+    refused = export.register_champion(tracker.client, *leaking, 1.29, "a")
+    assert refused == export.Champion(
+        "none", False, "its audit must have passed: training path: the logits see the future"
+    )
+    assert tracker.client.search_model_versions("name = 'lm'") == []
+
+
+def test_a_roll_back_goes_to_the_champion_before_and_not_to_one_that_lost(tracker: Tracker, folder: Path) -> None:
+    for perplexity in (10.0, 9.0, 5000.0):
+        export.register_champion(tracker.client, *logged(tracker, folder), perplexity, "a")
+    assert (version_of(tracker, "champion"), version_of(tracker, "challenger")) == ("2", "3")
+    assert export.roll_back(tracker.client) == "1"
+    assert version_of(tracker, "champion") == "1"
 
 
 def test_a_full_answer_tells_tokens_and_reasons(served: mlflow.pyfunc.PyFuncModel) -> None:

@@ -178,7 +178,7 @@ def bad_requests(chance: random.Random) -> Generator[tuple[bytes, str | None]]:
         "a" * 500,
     ):
         yield good, content_type
-    for content_type in ("text/csv", "application/vnd.apache.parquet"):
+    for content_type in ("text/csv", "application/vnd.apache.parquet", "application/jsonx"):
         yield good[:0], content_type
         yield b"\xff\xfe\x00", content_type
     while True:

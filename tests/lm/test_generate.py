@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lm import generate
 from lm.config import ModelConfig
-from lm.errors import UserError
+from lm.errors import DivergedError, UserError
 from lm.generate import Prompt, Sampling
 from lm.model import Decoder
 from lm.vocab import Vocab
@@ -179,7 +179,7 @@ def test_edges_of_generation(model: Decoder) -> None:
     ties = torch.zeros(200, 10)
     drawn = generate.sample(ties, Sampling(1.0, top_k=2), torch.linspace(0, 0.999, 200, dtype=torch.float64))
     assert len(drawn.unique()) == 2
-    with pytest.raises(UserError, match="a model must give finite logits to generate: got nan"):
+    with pytest.raises(DivergedError, match="a model must give finite logits: got nan"):
         generate.sample(torch.full((1, 4), torch.nan), Sampling(), torch.zeros(1, dtype=torch.float64))
 
 

@@ -19,11 +19,10 @@ from lm.vocab import Vocab
 VOCAB = Vocab.build(["the cat sat on the mat . a dog ran to the house and slept ."], min_count=1)
 
 
-def new(limits: Limits | None = None) -> Service:
+def new(limits: Limits | None = None, model: type[Decoder] = Decoder) -> Service:
     torch.manual_seed(0)
-    return Service(
-        Decoder(ModelConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, seq_len=8), len(VOCAB)), VOCAB, limits
-    )
+    shape = ModelConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, seq_len=8)
+    return Service(model(shape, len(VOCAB)).eval(), VOCAB, limits)
 
 
 SERVICE = new()
@@ -40,6 +39,7 @@ SERVICE = new()
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"temperature": 10**400}, "temperature must be 0"),
         ({"temperature": None}, "temperature must be a number: got None"),
+        ({"stop": ["x" * 201]}, "a stop must have at most 200 characters: got 201"),
         ({"min_p": 1.5}, "min_p must be from 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be from 0.1 to 10"),
         ({"stop": [1]}, "stop must be a list of texts"),
@@ -54,8 +54,17 @@ def test_a_param_against_its_rule_is_refused(params: dict[str, Any], message: st
         SERVICE.answer(["the cat"], params)
 
 
+def test_half_a_surrogate_pair_is_refused_and_a_tiny_top_p_keeps_one_token() -> None:
+    with pytest.raises(UserError, match="an input must be Unicode text: got half of a surrogate pair"):
+        SERVICE.answer(["the \ud800 cat"], {})
+    with pytest.raises(UserError, match="inputs must be a list of texts: got 'the cat'"):
+        SERVICE.answer("the cat", {})
+    [least] = SERVICE.answer(["the cat"], {"top_p": 1e-320, "max_new_tokens": 5})
+    assert least.tokens == SERVICE.answer(["the cat"], {"temperature": 0.0, "max_new_tokens": 5})[0].tokens
+
+
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
@@ -111,37 +120,129 @@ def test_a_text_ends_before_its_stop() -> None:
     assert len(ended.tokens) <= 5
 
 
-def test_generation_stops_at_the_deadline_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = generate.next_token_logits
-
-    def wait(*arguments: Any) -> Any:
+class Slow(Decoder):
+    def hidden(self, *args: Any, **kwargs: Any) -> Any:
         time.sleep(0.05)
-        return slow(*arguments)
+        return super().hidden(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "next_token_logits", wait)
-    hasty = new(Limits(deadline_seconds=0.3))
+
+class Broken(Decoder):
+    """Fails for a text that ends in one word."""
+
+    def hidden(self, ids_BT: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (ids_BT == VOCAB.encode("mat")[0]).any():
+            raise ZeroDivisionError("mat")
+        return super().hidden(ids_BT, *args, **kwargs)
+
+
+@pytest.mark.parametrize("prompt", ["the cat", "the cat sat on the mat . a"])
+def test_generation_stops_at_the_deadline_and_says_so(prompt: str) -> None:
+    hasty = new(Limits(deadline_seconds=0.3), Slow)
     with pytest.raises(DeadlineError, match=r"an answer must be made in 0.3 s: got \d+ of 100 tokens. Try fewer"):
-        hasty.answer(["the cat"], {"max_new_tokens": 100})
-    [part] = hasty.answer(["the cat"], {"max_new_tokens": 100, "return": "full"})
+        hasty.answer([prompt], {"max_new_tokens": 100})
+    [part] = hasty.answer([prompt], {"max_new_tokens": 100, "return": "full"})
     assert part.finish_reason == "deadline"
     assert 1 <= len(part.tokens) < 20
-    assert hasty.answer(["the cat"], {"max_new_tokens": 1})[0].finish_reason == "length"
+    with pytest.raises(DeadlineError):
+        list(hasty.stream(prompt, {"max_new_tokens": 100}))
+    assert hasty.answer([prompt], {"max_new_tokens": 1})[0].finish_reason == "length"
 
 
-def test_a_model_that_fails_fails_the_call_and_not_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = new()
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "next_token_logits", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            broken.answer(["the cat"], {})
-    assert len(broken.answer(["the cat"], {"max_new_tokens": 3})[0].tokens) == 3
+def test_calls_that_wait_past_their_deadline_are_told_in_time() -> None:
+    hasty, began, late = new(Limits(deadline_seconds=1.0), Slow), time.monotonic(), list[float]()
+
+    def ask() -> None:
+        with pytest.raises(DeadlineError):
+            hasty.answer(["the cat"] * 60, {"max_new_tokens": 500})
+        late.append(time.monotonic() - began)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    quick = hasty.answer(["a dog"], {"max_new_tokens": 1, "return": "full"})
+    for thread in threads:
+        thread.join()
+    assert max(late) < 5
+    assert quick[0].finish_reason in ("length", "deadline")
+
+
+def test_a_short_call_has_its_turn_before_a_long_one_ends() -> None:
+    fair, ended = new(Limits(deadline_seconds=50), Slow), list[str]()
+
+    def ask(name: str, n: int, tokens: int) -> None:
+        fair.answer(["the cat"] * n, {"max_new_tokens": tokens})
+        ended.append(name)
+
+    hog = threading.Thread(target=ask, args=("hog", 40, 70))
+    hog.start()
+    time.sleep(0.3)
+    ask("short", 1, 1)
+    hog.join()
+    assert ended == ["short", "hog"]
+
+
+def test_an_error_is_of_the_calls_alone_that_have_it() -> None:
+    broken, found = new(model=Broken), list[str]()
+
+    def ask(text: str) -> None:
+        try:
+            broken.answer([text], {"max_new_tokens": 40, "temperature": 0.0})
+            found.append("answered")
+        except ZeroDivisionError:
+            found.append("failed")
+
+    texts = ["the mat", *["a dog"] * 6]
+    alone = [Service(broken.model, VOCAB) for _ in texts]
+    expected: list[str] = []
+    for one, text in zip(alone, texts, strict=True):
+        try:
+            one.answer([text], {"max_new_tokens": 40, "temperature": 0.0})
+            expected.append("answered")
+        except ZeroDivisionError:
+            expected.append("failed")
+    threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert expected[0] == "failed"
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_stream_holds_back_what_may_be_a_stop() -> None:
+    asked = {"max_new_tokens": 12, "seed": 1, "temperature": 1.5}
+    [free] = SERVICE.answer(["the cat"], asked)
+    stop = f"{free.tokens[3]} {free.tokens[4]}"
+    [ended] = SERVICE.answer(["the cat"], {**asked, "stop": stop})
+    assert ended.finish_reason == "stop"
+    assert "the cat" + "".join(SERVICE.stream("the cat", {**asked, "stop": stop})) == ended.text
+    assert "the cat" + "".join(SERVICE.stream("the cat", asked)) == free.text
+
+
+def test_long_prompts_are_not_read_with_short_ones_token_by_token() -> None:
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(d_model=16, n_layers=1, n_heads=2, d_ff=32, seq_len=64), len(VOCAB)).eval()
+    seen: list[tuple[int, ...]] = []
+    model.embedding.register_forward_hook(lambda _module, args, _output: seen.append(tuple(args[0].shape)))
+    prompts = [generate.Prompt([1] * n, 2, seed=0) for n in (3, 60, 4, 58)]
+    together = [token.id for token in sorted(generate.generate_ids(model, prompts), key=lambda token: token.text)]
+    assert seen == [(2, 3), (2, 1), (1, 1), (2, 58), (2, 1), (1, 1), (1, 1)]
+    alone = [token.id for prompt in prompts for token in generate.generate_ids(model, [prompt])]
+    assert together == alone
 
 
 def test_limits_come_from_the_environment() -> None:
-    found = service.settings_of({"LM_SERVE_INPUTS": "3", "LM_SERVE_DEADLINE_SECONDS": "1.5", "LM_SERVE_WAITING": ""})
+    found = service.limits_of({"LM_SERVE_INPUTS": "3", "LM_SERVE_DEADLINE_SECONDS": "1.5", "LM_SERVE_WAITING": ""})
     assert (found.inputs, found.deadline_seconds, found.waiting) == (3, 1.5, Limits().waiting)
-    with pytest.raises(UserError, match="LM_SERVE_INPUTS must be a number above 0: got '-1'. Try 64."):
-        service.settings_of({"LM_SERVE_INPUTS": "-1"})
+    for setting, rule in (
+        ({"LM_SERVE_INPUTS": "-1"}, "LM_SERVE_INPUTS must be a whole number above 0: got '-1'. Try 64."),
+        ({"LM_SERVE_INPUTS": "1e3"}, "LM_SERVE_INPUTS must be a whole number above 0: got '1e3'"),
+        ({"LM_SERVE_DEADLINE_SECONDS": "inf"}, "LM_SERVE_DEADLINE_SECONDS must be a number above 0: got 'inf'"),
+        ({"LM_SERVE_DEADLINE_SECONDS": "70"}, "LM_SERVE_DEADLINE_SECONDS must be below the server's 60 s"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            service.limits_of(setting)
 
 
 def test_candidates_are_the_likeliest_tokens() -> None:
