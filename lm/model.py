@@ -122,6 +122,12 @@ class CausalSelfAttention(nn.Module):
             cache.values[layer][:, :, past : past + T] = v_BHSK
             k_BHSK = cache.keys[layer][:, :, : past + T]
             v_BHSK = cache.values[layer][:, :, : past + T]
+        if T == 1 and cache is not None and not return_attention:
+            # One query a text: in fp32, as bf16 products would have code made for each length of the text.
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                scores_BHTS = (q_BHTK.float() * self.head_dim**-0.5) @ k_BHSK.transpose(-2, -1)
+                mixed_BHTK = (scores_BHTS.softmax(dim=-1) @ v_BHSK).to(q_BHTK.dtype)
+            return self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D)), None
         mask_TS = _causal(T, past, x_BTD.device)
         if not return_attention and x_BTD.device.type != "cpu":
             p = self.dropout.p if self.training else 0.0
@@ -130,7 +136,7 @@ class CausalSelfAttention(nn.Module):
             return self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D)), None
         # On the CPU these steps take half the time of torch's fused attention (EXPERIMENTS.md).
         scores_BHTS = (q_BHTK * self.head_dim**-0.5) @ k_BHSK.transpose(-2, -1)
-        weights_BHTS = (scores_BHTS.float() + mask_TS if T > 1 else scores_BHTS.float()).softmax(dim=-1)
+        weights_BHTS = (scores_BHTS.float() + mask_TS).softmax(dim=-1)
         mixed_BHTK = self.dropout(weights_BHTS.to(v_BHSK.dtype)) @ v_BHSK
         mixed_BTD = self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
         return mixed_BTD, weights_BHTS if return_attention else None
@@ -271,7 +277,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` texts."""
-        weight = self.head.weight
+        weight = self.embedding.weight
         shape = (batch_size, self.n_heads, self.seq_len, weight.shape[1] // self.n_heads)
         keys, values = ([weight.new_zeros(shape) for _ in self.layers] for _ in range(2))
         return KVCache(keys, values)

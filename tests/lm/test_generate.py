@@ -155,7 +155,7 @@ def test_a_copy_for_generation_keeps_its_matrices_in_bf16_and_says_nearly_the_sa
     rounded, cache = generate.next_token_logits(copied, [prompts[0]], None)
     torch.testing.assert_close(rounded, logits, atol=0.05, rtol=0)
     assert cache is not None
-    assert cache.keys[0].dtype == torch.bfloat16
+    assert cache.keys[0].dtype == torch.float32
     exact = generate.for_generation(model, torch.float32)
     assert continued(exact, prompts, 9, seed=1) == continued(model, prompts, 9, seed=1)
 
