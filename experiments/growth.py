@@ -62,14 +62,14 @@ def measure(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]
             contestant.run(2)
             seconds = statistics.median(contestant.run(3 if quick else 7)) / varied.tokens
             points.append((value, seconds, contestant.close()))
-            say(f"{axis.name:10} {value:>11,}  {1e6 * seconds:8.0f} us a token  {points[-1][2]:8,.0f} MiB")
+            say(f"{axis.name:10} {value:>11,}  {1e6 * seconds:8.3g} us a token  {points[-1][2]:8,.0f} MiB")
         found[axis.name] = _points(points)
     points = []
     for n_tokens in CORPUS[:1] if quick else CORPUS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             seconds, memory = alone.submit(_corpus, job, n_tokens).result()
         points.append((n_tokens, seconds, memory))
-        say(f"{'corpus':10} {n_tokens:>11,}  {1e6 * seconds:8.0f} us a token  {memory:8,.0f} MiB")
+        say(f"{'corpus':10} {n_tokens:>11,}  {1e6 * seconds:8.3g} us a token  {memory:8,.0f} MiB")
     found["corpus"] = _points(points)
     folder = Settings.load().mlruns / "reports"
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _page(found: dict[str, Any]) -> str:
         figures.append((labels[name], says, figure))
     header = ["axis", "value", "us a token", "MiB"]
     rows = [
-        [name, f"{value:,}", f"{1e6 * seconds:.0f}", f"{memory:,.0f}"]
+        [name, f"{value:,}", f"{1e6 * seconds:.3g}", f"{memory:,.0f}"]
         for name, points in found.items()
         for value, seconds, memory in zip(points["values"], points["seconds_a_token"], points["peak_mib"], strict=True)
     ]
