@@ -48,7 +48,7 @@ def test_training_is_timed_in_one_object(
     assert found["machine"]
     ours, literal = found["contestants"]["ours"], found["contestants"]["literal"]
     assert found["tokens_per_second"] == pytest.approx(4 * 32 / ours["seconds"])
-    assert 0.3 < found["ratio_vs_literal"] / (literal["seconds"] / ours["seconds"]) < 3
+    assert 0.1 < found["ratio_vs_literal"] / (literal["seconds"] / ours["seconds"]) < 10
     assert min(ours["peak_mib"], literal["peak_mib"]) > 50
     assert json.loads((lab / "bench/train.jsonl").read_text()) == found
 

@@ -225,7 +225,7 @@ def test_three_hundred_bad_requests_are_refused_in_one_line_each(champion: None,
 @pytest.mark.timeout(600)
 def test_a_full_queue_and_a_deadline_are_told_and_a_ping_is_answered_meanwhile(champion: None, tmp_path: Path) -> None:
     long = {"inputs": ["does the otter"], "params": {"max_new_tokens": 1_000_000, "temperature": 1.0}}
-    limits = {"LM_SERVE_WAITING": "4", "LM_SERVE_DEADLINE_SECONDS": "3", "LM_SERVE_NEW_TOKENS": "1000000"}
+    limits = {"LM_SERVE_WAITING": "4", "LM_SERVE_DEADLINE_SECONDS": "8", "LM_SERVE_NEW_TOKENS": "1000000"}
     with serving(tmp_path / "empty", "local", 90, **limits) as base:
         found: list[tuple[int, dict[str, object]]] = []
         threads = [threading.Thread(target=lambda: found.append(ask(base, long))) for _ in range(4)]
@@ -237,12 +237,12 @@ def test_a_full_queue_and_a_deadline_are_told_and_a_ping_is_answered_meanwhile(c
         assert status == 429, answer
         assert answer["error_code"] == "RESOURCE_EXHAUSTED"
         assert answer["message"] == "at most 4 requests may wait: got one more. Try again in a second."
-        urllib.request.urlopen(f"{base}/ping", timeout=2)
-        assert time.monotonic() - began < 1
+        urllib.request.urlopen(f"{base}/ping", timeout=4)
+        assert time.monotonic() - began < 4
         for thread in threads:
             thread.join()
         assert [status for status, _ in found] == [504] * 4
-        assert "an answer must be made in 3 s: got " in str(found[0][1]["message"])
+        assert "an answer must be made in 8 s: got " in str(found[0][1]["message"])
         status, part = ask(base, {**long, "params": {**long["params"], "return": "full"}})  # type: ignore[dict-item]
         assert status == 200
         assert part["predictions"][0]["finish_reason"] == "deadline"  # type: ignore[index]

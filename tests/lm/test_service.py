@@ -137,12 +137,12 @@ class Broken(Decoder):
 
 @pytest.mark.parametrize("prompt", ["the cat", "the cat sat on the mat . a"])
 def test_generation_stops_at_the_deadline_and_says_so(prompt: str) -> None:
-    hasty = new(Limits(deadline_seconds=0.3), Slow)
-    with pytest.raises(DeadlineError, match=r"an answer must be made in 0.3 s: got \d+ of 100 tokens. Try fewer"):
+    hasty = new(Limits(deadline_seconds=1.0), Slow)
+    with pytest.raises(DeadlineError, match=r"an answer must be made in 1 s: got \d+ of 100 tokens. Try fewer"):
         hasty.answer([prompt], {"max_new_tokens": 100})
     [part] = hasty.answer([prompt], {"max_new_tokens": 100, "return": "full"})
     assert part.finish_reason == "deadline"
-    assert 1 <= len(part.tokens) < 20
+    assert 1 <= len(part.tokens) <= 20
     with pytest.raises(DeadlineError):
         list(hasty.stream(prompt, {"max_new_tokens": 100}))
     assert hasty.answer([prompt], {"max_new_tokens": 1})[0].finish_reason == "length"
