@@ -106,8 +106,9 @@ def train_and_log(
         folder = run.fetch_checkpoint("best")
         best = checkpoint.load(folder, device).state.model
         audit_run(run, best, text, config, allow_leak)
-        served = generate.for_generation(best, runtime.resolve_precision(config.train.precision, device))
-        audit_run(run, served, text, config, allow_leak, paths=["cached generation"])
+        if not run.leaks:  # what is served computes in ways of its own
+            served = generate.for_generation(best, runtime.resolve_precision(config.train.precision, device))
+            audit_run(run, served, text, config, allow_leak, paths=["cached generation"])
         if run.leaks:
             return  # it has checkpoints, and no model that could be registered
         measured = measure(run, text, config, "validation", "window", progress)

@@ -69,7 +69,7 @@ def test_test_is_read_once_for_a_best_epoch(tracker: Tracker, flags: list[str]) 
 
 @pytest.mark.usefixtures("without_mask")
 def test_a_model_without_its_mask_is_stopped_before_the_first_step(tracker: Tracker, flags: list[str]) -> None:
-    with pytest.raises(LeakError, match="a model must be measured on what it has not seen: got attention path"):
+    with pytest.raises(LeakError, match="a model must be measured on what it has not seen: got training path"):
         train.main([*flags, "--run-name", "leaks"])
     run = tracker.find_run("leaks")
     assert run.info.status == "FAILED"
