@@ -107,8 +107,8 @@ def startup(job: Job, quick: bool, say: Callable[[str], None]) -> dict[str, Any]
 def _laboratory() -> Generator[dict[str, str]]:
     """The environment of a store that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        named = {"MLFLOW_TRACKING_URI": "", "OPTUNA_STORAGE": "", "LM_ARTIFACT_ROOT": "", "LM_MLRUNS_DIR": folder}
-        yield {**os.environ, **named}
+        others = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "OPTUNA_STORAGE", "LM_ARTIFACT_ROOT")
+        yield {**os.environ, **dict.fromkeys(others, ""), "LM_MLRUNS_DIR": folder}
 
 
 def _seconds(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
