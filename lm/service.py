@@ -44,10 +44,6 @@ _LONGEST = 200
 """Characters of a caller's own words that an error repeats."""
 
 
-class BusyError(Exception):
-    """More is waiting than may wait."""
-
-
 class DeadlineError(Exception):
     """The time was up before the answer was complete."""
 
@@ -203,9 +199,8 @@ class Service:
         values = self.check([text], {**params, "num_return_sequences": 1})
         [row] = self._rows([text], values)
         held, said = max((len(stop) - 1 for stop in row.stops), default=0), len(row.answer.text)
-        prompt = row.prompt
         for token in generate.generate_ids(
-            self.model, [prompt], banned=self.vocab.unk_id, ended=_Ended([row]), generators=[row.generator]
+            self.model, [row.prompt], banned=self.vocab.unk_id, ended=_Ended([row]), generators=[row.generator]
         ):
             ended = self._take(row, token, with_text=True)
             sure = row.answer.text if ended else row.answer.text[: len(row.answer.text) - held].rstrip("\ufffd")
