@@ -67,9 +67,10 @@ def seconds_an_epoch(config: Config, vocab_size: int, windows: Windows, validati
     state = TrainState.new(config, vocab_size, runtime.resolve_device(config.train.device))
     a_batch = config.train.batch_size * config.model.seq_len
     few = Windows(windows.ids[: _PROBED_BATCHES * a_batch + 1], config.model.seq_len)
-    probe = replace(config.train, epochs=2, patience=0)
+    probe = replace(config.train, epochs=2, patience=0, steps_per_epoch=0)
     *_, second = train.fit(state, few, Windows(few.ids[: config.model.seq_len + 1], config.model.seq_len), probe)
-    return (windows.n_targets + validation.n_targets / 3) / second.tokens_per_second
+    trained = config.train.steps_per_epoch * a_batch or windows.n_targets
+    return (trained + validation.n_targets / 3) / second.tokens_per_second
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:

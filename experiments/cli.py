@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lm.config import PRESETS, SECTIONS, Config
-from lm.errors import DivergedError, UserError
+from lm.errors import DivergedError, LostRankError, UserError
 
 _MENDABLE = {
     errno.ENOSPC: "the disk must have room",
@@ -138,7 +138,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(2)
-    except (DivergedError, MemoryError) as e:
+    except (DivergedError, LostRankError, MemoryError) as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
@@ -162,4 +162,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was logged is kept.", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for ending in (signal.SIGTERM, signal.SIGHUP):  # nothing is left to be closed
+            if signal.getsignal(ending) is interrupt:
+                signal.signal(ending, signal.SIG_DFL)
     sys.exit(0)

@@ -18,6 +18,11 @@ def own_name() -> str:
     return f"{_host()}:{os.getpid()}:{_started(os.getpid())}"
 
 
+def parent_name() -> str:
+    """The same of the process that started this one."""
+    return f"{_host()}:{os.getppid()}:{_started(os.getppid())}"
+
+
 def is_gone(name: str) -> bool:
     """Whether a process of this host has ended; False for those of other hosts, which cannot be seen from here."""
     host, _, rest = name.partition(":")

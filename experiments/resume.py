@@ -10,17 +10,20 @@ from experiments.text import Text, read_text
 from experiments.tracking import TrackedRun
 from lm import checkpoint, runtime, train
 from lm.checkpoint import TrainState
-from lm.config import Config
+from lm.config import PLACEMENT, Config
 from lm.errors import UserError
+from lm.parallel import ALONE, Ranks
 
-_MAY_CHANGE = {"epochs", "patience", "device"}
+_MAY_CHANGE = {"epochs", "patience", *PLACEMENT}
 
 
-def resume_run(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) -> tuple[Config, Text, TrainState]:
+def resume_run(
+    run: TrackedRun, changes: Mapping[str, Any], settings: Settings, ranks: Ranks = ALONE
+) -> tuple[Config, Text, TrainState]:
     """The last checkpoint of a run, to go on with: its config, its text and its state.
 
     Args:
-        changes: fields that may differ from then on: epochs, patience, device.
+        changes: fields that may differ from then on: epochs, patience, and those of `PLACEMENT`.
 
     Raises:
         UserError: another field changed, nothing left to do, no checkpoint or a damaged one, another corpus.
@@ -31,7 +34,7 @@ def resume_run(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) 
     if fixed:
         raise UserError(
             f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
-            "Try --epochs, --patience or --device alone, or a new run."
+            "Try --epochs, --patience, --device or --micro-batch-size alone, or a new run."
         )
     if run.tags().get("lm.kind") == "trial":
         raise UserError(
@@ -45,7 +48,7 @@ def resume_run(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) 
             f"a {config.train.schedule} schedule must keep its length: got --epochs {config.train.epochs}, the run has "
             f"{loaded.config.train.epochs}. Try a new run."
         )
-    device = runtime.resolve_device(config.train.device)
+    device = checkpoint.place(config.train, ranks)
     if device.type != "cpu":
         loaded = checkpoint.load(folder, device)
     text = read_text(config.data, settings)
@@ -59,11 +62,11 @@ def resume_run(run: TrackedRun, changes: Mapping[str, Any], settings: Settings) 
             "a run must be resumed with its own vocabulary: got another one for the same text. "
             "Try the version of this project and of tokenizers that the run was made with."
         )
-    logged = run.params()
+    logged = {key: str(value) for key, value in Config().flat().items()} | run.params()
     for key, value in loaded.config.flat().items():
-        if key not in _MAY_CHANGE and logged.get(key) != str(value):
+        if key not in _MAY_CHANGE and logged[key] != str(value):
             raise UserError(
-                f"a run's checkpoint must be its own: got {key}={value}, the run was logged with {logged.get(key)}. "
+                f"a run's checkpoint must be its own: got {key}={value}, the run was logged with {logged[key]}. "
                 "Try the run's own folder."
             )
     done = loaded.state.epochs_done
@@ -95,7 +98,7 @@ def resume_group(summary: TrackedRun, changes: Mapping[str, Any]) -> Config:
     before = Config.from_text({**summary.params(), "epochs": tags["lm.epochs"]})
     config = before.override(changes)
     may_grow = before.train.schedule == "constant" and not before.train.patience
-    if set(changes) - {"epochs", "device"} or not (
+    if set(changes) - {"epochs", *PLACEMENT} or not (
         config.train.epochs == before.train.epochs or (may_grow and config.train.epochs > before.train.epochs)
     ):
         raise UserError(
@@ -123,7 +126,7 @@ def resume_trial(run: TrackedRun, config: Config, text: Text) -> TrainState | No
         print(f"{run.name} begins again: {e}")
         return None
     here, there = config.flat(), loaded.config.flat()
-    changed = [name for name in here if name != "device" and here[name] != there[name]]
+    changed = [name for name in here if name not in PLACEMENT and here[name] != there[name]]
     if changed or loaded.corpus_digest != text.corpus.digest:
         raise UserError(
             f"a trial's checkpoint must be its own: got another {', '.join(changed) or 'text'} in {run.name}. "

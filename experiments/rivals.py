@@ -145,20 +145,18 @@ def _wait(device: torch.device) -> None:
 
 def _ours(job: Job) -> Callable[[], None]:
     from lm import runtime
-    from lm.checkpoint import TrainState
     from lm.model import Decoder
     from lm.optim import build_optimizers
-    from lm.train import train_step
+    from lm.train import Loss, train_step
 
     device, precision = _device_and_precision(job)
     runtime.seed_everything(0)
     model = Decoder(job.config.model, job.vocab_size).to(device).train()
-    state = TrainState(model, build_optimizers(model, job.config.train))
-    batch, clip_norm = _batches(job), job.config.train.clip_norm
+    loss, optimizers, batch = Loss(model, precision), build_optimizers(model, job.config.train), _batches(job)
     runtime.keep_memory()  # as `fit` does
 
     def step() -> None:
-        train_step(state, *batch(), clip_norm, precision)
+        train_step(loss, optimizers, *batch(), job.config.train)
         _wait(device)
 
     return step

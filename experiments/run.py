@@ -11,7 +11,8 @@ import numpy as np
 from experiments import captures, export, plots
 from experiments.captures import Capture
 from experiments.scores import Sheet
-from experiments.text import Text, figures, probes
+from experiments.settings import Settings
+from experiments.text import Text, figures, probes, read_text
 from experiments.tracking import TrackedRun
 from lm import attention, audit, checkpoint, data, generate, runtime, train
 from lm.checkpoint import TrainState
@@ -19,6 +20,7 @@ from lm.config import Config
 from lm.errors import UserError
 from lm.evaluate import Scores, evaluate
 from lm.model import Decoder
+from lm.parallel import ALONE, Ranks
 from lm.vocab import Vocab
 
 
@@ -37,8 +39,11 @@ def train_and_log(
     progress: bool = False,
     allow_leak: bool = False,
     own_probes: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Iterator[train.EpochReport]:
     """Train `config` on `text`, log each epoch to `run`, and yield its report once it is safe on disk.
+
+    Of several processes the first does this, while the others `follow`.
 
     When the loop ends by itself the best checkpoint is audited and logged as the run's model. A caller that stops early
     leaves the run without one, and its checkpoints where they are.
@@ -46,7 +51,7 @@ def train_and_log(
     Raises:
         LeakError: the model sees what it is to predict, or the splits share windows, and `allow_leak` is not given.
     """
-    device = runtime.resolve_device(config.train.device)
+    device = checkpoint.place(config.train, ranks)
     windows = {s: text.tokens.windows(s, config.model.seq_len) for s in ("train", "validation")}
     vocab = text.tokens.vocab
     is_new = state is None
@@ -77,7 +82,8 @@ def train_and_log(
     else:
         taken = captures.read(run, state.epochs_done)
 
-    for report in train.fit(state, windows["train"], windows["validation"], config.train, progress):
+    ranks.told({"config": config.flat(), "tokens": text.digest})
+    for report in train.fit(state, windows["train"], windows["validation"], config.train, progress, ranks):
         run.require_owner()
         if report.is_best:
             # Before its figures are logged: a leak may be learned.
@@ -118,6 +124,26 @@ def train_and_log(
             lambda: export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
         )
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
+
+
+def follow(ranks: Ranks, settings: Settings) -> None:
+    """Take part in what the first process trains and logs, until it says that there is no more.
+
+    Raises:
+        UserError: this process has another text.
+    """
+    while (said := ranks.told()) is not None:
+        config = Config.from_flat(said["config"])
+        text = read_text(config.data, settings)
+        if text.digest != said["tokens"]:
+            raise UserError(
+                f"all processes must read the same text: got digest {text.digest[:8]} in rank {ranks.rank}, the first "
+                f"has {said['tokens'][:8]}. Try the same files and settings (LM_WIKIQA_DIR) on each host."
+            )
+        windows = [text.tokens.windows(split, config.model.seq_len) for split in ("train", "validation")]
+        state = TrainState.new(config, len(text.tokens.vocab), checkpoint.place(config.train, ranks))
+        for _ in train.fit(state, windows[0], windows[1], config.train, ranks=ranks):
+            pass
 
 
 def audit_run(

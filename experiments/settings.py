@@ -31,6 +31,7 @@ class Settings:
     experiment: str
     wikiqa_dir: Path | None
     wikiqa_revision: str
+    under_torchrun: bool
 
     @property
     def cache(self) -> Path:
@@ -69,6 +70,7 @@ class Settings:
             experiment=get("MLFLOW_EXPERIMENT_NAME") or "lm",
             wikiqa_dir=_absolute(wikiqa) if wikiqa else None,
             wikiqa_revision=get("LM_WIKIQA_REVISION") or "main",
+            under_torchrun=get("TORCHELASTIC_RUN_ID") is not None,
         )
 
 

@@ -46,6 +46,7 @@ T = TypeVar("T")
 
 UI_PORT = 5000
 LEAK = "lm.leak"
+JOB = "lm.job"
 _OWNER = "lm.process"
 _WEIGHTS = "lm.weights"
 _METRICS_A_BATCH = 900
@@ -178,6 +179,12 @@ class Tracker:
 
         tried = False
         return keep_trying(create, is_passing, "the MLflow store")
+
+    def run_of_job(self, job: str) -> MlflowRun | None:
+        """The newest run of a `torchrun` job, if it has not ended by itself: restarted processes go on with it."""
+        query = f"tags.`{JOB}` = '{job}'"
+        found = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return found[0] if found and found[0].info.status != "FINISHED" else None
 
     def run_of_trial(self, study: str, trial: int) -> str | None:
         """The id of a trial's run, also where its process died before the study knew it; None if there is none."""

@@ -3,6 +3,7 @@
 python experiments/train.py --corpus sample
 python experiments/train.py --corpus sample --seeds 5
 python experiments/train.py --resume RUN --epochs 20
+torchrun --standalone --nproc-per-node 2 --max-restarts 3 experiments/train.py --corpus sample
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from experiments import cli
 from lm.config import Config
-from lm.errors import UserError
+from lm.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
+    from experiments.settings import Settings
     from experiments.text import Text
     from experiments.tracking import MlflowRun, TrackedRun, Tracker
     from lm.checkpoint import TrainState
+    from lm.parallel import Ranks
 
 _SUMMED_UP = [
     f"{split}_{kind}"
@@ -59,43 +62,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume is not None and (args.preset or args.run_name or args.seeds > 1):
         raise UserError("a resumed run must keep its preset, name and seed: got one of them. Try --resume alone.")
 
+    from experiments import run as runs
+    from experiments.settings import Settings
+    from lm import parallel
+
+    settings = Settings.load()
+    with parallel.joined(config.train.device) as ranks:
+        if ranks.is_first:
+            _lead(args, config, settings, ranks)
+            ranks.told(None)
+        else:
+            runs.follow(ranks, settings)
+
+
+def _lead(args: argparse.Namespace, config: Config, settings: Settings, ranks: Ranks) -> None:
+    """All that is printed, logged and written; of several processes the first does it."""
     from experiments import resume
     from experiments import run as runs
     from experiments import text as texts
-    from experiments.settings import Settings
-    from experiments.tracking import Tracker
+    from experiments.process import parent_name
+    from experiments.tracking import JOB, Tracker
+    from lm import parallel
 
-    settings = Settings.load()
     tracker = Tracker(settings)
+    job = (parallel.job() or parent_name()) if parallel.launched() else ""
     found = tracker.find_run(args.resume) if args.resume is not None else None
-    state, changes = None, cli.given(args)
-    if found is None:
-        text = texts.read_text(config.data, settings)
-    else:
+    state, changes, tags = None, cli.given(args), {JOB: job} if job else {}
+    if job and found is None and (found := tracker.run_of_job(job)) is not None:
+        _restart(tracker, found)
+        changes = {}
+    run = tracker.open_run(found.info.run_id) if found else None
+    if found is not None:
         _take_up(args, found)
-        run = tracker.open_run(found.info.run_id)
-        if found.data.tags.get("lm.kind") == "seeds":
-            config = resume.resume_group(run, changes)
-            text = texts.read_text(config.data, settings)
-        else:
-            config, text, state = resume.resume_run(run, changes, settings)
+    if found is not None and run is not None and found.data.tags.get("lm.kind") == "seeds":
+        config = resume.resume_group(run, changes)
+        text = texts.read_text(config.data, settings)
+    elif run is not None and (args.resume is not None or resume.has_checkpoint(run)):
+        config, text, state = resume.resume_run(run, changes, settings, ranks)
+    else:
+        text = texts.read_text(config.data, settings)
     print(text.corpus.describe())
     args.seed_text = texts.check(text, config, args.seed_text)
     args.context = args.context or "window"
     for note in texts.check_probes(text, config, args.probe):
         print(note)
     print(texts.describe(text))
-    print(f"on {runs.machine(config)}", flush=True)
+    in_all = f", {ranks.size} processes, {config.train.parallel}" if ranks.size > 1 else ""
+    print(f"on {runs.machine(config)}{in_all}", flush=True)
     args.run_name = args.run_name or f"{text.corpus.name}-{args.preset or 'reference'}"
     run_id = found.info.run_id if found else None
     if args.seeds == 1:
-        run, _ = _train(tracker, config, text, args, args.run_name, {}, run_id, state)
+        run, _ = _train(tracker, config, text, args, args.run_name, tags, run_id, state, ranks)
         if group := run.tags().get("lm.group"):
             print(f"Its group is summed up again by: python experiments/train.py --resume {group}")
     else:
-        run = _train_seeds(tracker, config, text, args, run_id)
+        run = _train_seeds(tracker, config, text, args, tags, run_id, ranks)
     print(f"Next: python experiments/ui.py, which opens {tracker.run_link(tracker.ui_address(), run.id)}")
     print(f"or:   python experiments/compare.py {run.name} ANOTHER_RUN")
+
+
+def _restart(tracker: Tracker, found: MlflowRun) -> None:
+    """Say that this job's run is gone on with, and close what its processes left open.
+
+    Raises:
+        DivergedError: it has ended by its own parameters, and would again.
+    """
+    reason = found.data.tags.get("lm.reason", "")
+    if reason.startswith("DivergedError: "):
+        raise DivergedError(reason.removeprefix("DivergedError: "))
+    if found.info.status == "RUNNING":
+        tracker.close(found.info.run_id, "KILLED", "torchrun started its processes again")
+    print(f"run {found.info.run_name} ({found.info.run_id}) goes on: its processes were started again")
 
 
 def _take_up(args: argparse.Namespace, found: MlflowRun) -> None:
@@ -123,15 +160,19 @@ def _train(
     tags: dict[str, str],
     run_id: str | None = None,
     state: TrainState | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[TrackedRun, dict[str, float]]:
     """One run from start, or from `state`, to the figures of its best checkpoint."""
     from experiments import run as runs
+    from lm.parallel import ALONE
 
     tags = {"lm.kind": "train", "lm.preset": args.preset or "reference", **tags}
     with tracker.run(name, tags, run_id) as run:
         run.log_tags(_settings(args))
         progress = cli.is_terminal()
-        reports = runs.train_and_log(config, text, run, args.seed_text, state, progress, args.allow_leak, args.probe)
+        reports = runs.train_and_log(
+            config, text, run, args.seed_text, state, progress, args.allow_leak, args.probe, ranks or ALONE
+        )
         for report in reports:
             print(report.describe(config.train.epochs), flush=True)
         if verdict := run.tags().get("lm.attention"):
@@ -166,12 +207,18 @@ def _measure(run: TrackedRun, config: Config, text: Text, args: argparse.Namespa
 
 
 def _train_seeds(
-    tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary_id: str | None
+    tracker: Tracker,
+    config: Config,
+    text: Text,
+    args: argparse.Namespace,
+    tags: dict[str, str],
+    summary_id: str | None,
+    ranks: Ranks,
 ) -> TrackedRun:
     """A run for each seed and one that sums them up, which is returned; its figures are means of best epochs."""
     import numpy as np
 
-    tags = {"lm.kind": "seeds", "lm.preset": args.preset or "reference"}
+    tags = {"lm.kind": "seeds", "lm.preset": args.preset or "reference", **tags}
     with tracker.run(args.run_name, tags, summary_id) as summary:
         if summary_id is None:
             summary.log_params({**config.flat(), "seeds": args.seeds})
@@ -180,7 +227,7 @@ def _train_seeds(
         for i in range(args.seeds):
             seed = config.train.seed + i
             print(f"seed {seed} ({i + 1}/{args.seeds})", flush=True)
-            run, figures = _train_member(tracker, config.override({"seed": seed}), text, args, summary)
+            run, figures = _train_member(tracker, config.override({"seed": seed}), text, args, summary, ranks)
             if run.leaks:
                 summary.mark_leaking([run.tags()["lm.audit"]])
             found.append(figures)
@@ -201,7 +248,7 @@ def _train_seeds(
 
 
 def _train_member(
-    tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary: TrackedRun
+    tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary: TrackedRun, ranks: Ranks
 ) -> tuple[TrackedRun, dict[str, float]]:
     """One seed of a group: trained, gone on with where it was begun, or only measured where it is done."""
     from experiments import resume
@@ -218,9 +265,9 @@ def _train_member(
             )
         if resume.has_checkpoint(run):
             changes = {**cli.given(args), "epochs": config.train.epochs}
-            config, text, state = resume.resume_run(run, changes, tracker.settings)
-            return _train(tracker, config, text, args, name, {}, run.id, state)
-    return _train(tracker, config, text, args, name, {"lm.group": summary.id})
+            config, text, state = resume.resume_run(run, changes, tracker.settings, ranks)
+            return _train(tracker, config, text, args, name, {}, run.id, state, ranks)
+    return _train(tracker, config, text, args, name, {"lm.group": summary.id}, ranks=ranks)
 
 
 if __name__ == "__main__":

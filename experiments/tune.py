@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments.settings import Settings
 
     settings = Settings.load()
+    if settings.under_torchrun:
+        raise UserError(
+            "a study shares its work out by trials: got torchrun. Try --workers 2, or the same command on each host."
+        )
     if args.status:
         from experiments import report
 

@@ -10,6 +10,7 @@ It needs neither MLflow nor the corpus to be read again.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -25,10 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lm.config import Config
+from lm import parallel, runtime
+from lm.config import Config, TrainConfig
 from lm.errors import UserError
 from lm.model import Decoder
 from lm.optim import build_optimizers
+from lm.parallel import Ranks
 from lm.vocab import Vocab
 
 FORMAT_VERSION = 2
@@ -50,6 +53,57 @@ class TrainState:
         """A model with weights drawn from torch's current seed, and its optimisers."""
         model = Decoder(config.model, vocab_size).to(device)
         return cls(model, build_optimizers(model, config.train))
+
+    @property
+    def progress(self) -> tuple[int, int, float, int]:
+        """Epochs and steps done, the best loss and its epoch."""
+        return self.epochs_done, self.steps_done, self.best_nll, self.best_epoch
+
+    @progress.setter
+    def progress(self, progress: tuple[int, int, float, int]) -> None:
+        self.epochs_done, self.steps_done, self.best_nll, self.best_epoch = progress
+
+    def level(self, ranks: Ranks) -> None:
+        """Give all processes the first one's state."""
+        if ranks.size == 1:
+            return
+        moments = _optimizer_tensors(self.optimizers)
+        about = {name: (value.shape, value.dtype, value.device.type) for name, value in moments.items()}
+        self.progress, about = ranks.told((self.progress, about))
+        if not ranks.is_first:
+            moments = {
+                name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype, device) in about.items()
+            }
+        ranks.level([*self.model.state_dict().values(), *moments.values()])
+        if not ranks.is_first and moments:
+            _restore(self.optimizers, moments)
+
+    def in_shares(self, recipe: TrainConfig) -> TrainState:
+        """A state of which each process holds a share; this one, which is whole, goes to the CPU."""
+        device = runtime.resolve_device(recipe.device)
+        model = copy.deepcopy(self.model)
+        parallel.share_out(model, model.layers, device)
+        shares = TrainState(model, build_optimizers(model, recipe))
+        shares.progress = self.progress
+        if moments := _optimizer_tensors(self.optimizers):
+            _restore(shares.optimizers, moments)
+        return shares
+
+    def gather(self, shares: TrainState) -> None:
+        """Bring together here what the processes hold; all must do so at once."""
+        self.progress = shares.progress
+        self.model.load_state_dict(
+            {name: parallel.whole(value).cpu() for name, value in shares.model.state_dict().items()}
+        )
+        _restore(
+            self.optimizers,
+            {name: parallel.whole(value).cpu() for name, value in _optimizer_tensors(shares.optimizers).items()},
+        )
+
+
+def place(recipe: TrainConfig, ranks: Ranks) -> torch.device:
+    """Where a state is whole: where it is trained, or the CPU where each process trains a share of its weights."""
+    return runtime.resolve_device("cpu" if parallel.shares_weights(recipe.parallel, ranks) else recipe.device)
 
 
 @dataclass(frozen=True)
@@ -221,8 +275,9 @@ def _restore(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
         states[int(number)].setdefault(int(i), {})[name] = value
     for optimizer, state in zip(optimizers, states, strict=True):
         kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
-        shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in state.items():
-            if set(moments) != kinds or any(m.shape != shapes[i] for m in moments.values() if m.ndim):
+            if set(moments) != kinds or any(m.shape != weights[i].shape for m in moments.values() if m.ndim):
                 raise TypeError(f"the moments of weight {i} do not fit it")
+            state[i] = {name: parallel.like(value, weights[i]) for name, value in moments.items()}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

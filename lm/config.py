@@ -166,17 +166,22 @@ class TrainConfig(_Section):
     warmup_steps: int = _field(0, "steps over which lr rises from 0")
     weight_decay: float = _field(0.0, "decoupled decay of matrices (AdamW); 0 is plain Adam")
     clip_norm: float = _field(0.5, "largest norm of the whole gradient; larger ones are scaled down to it")
-    batch_size: int = _field(32, "windows a step")
-    epochs: int = _field(10, "passes over the training text")
+    batch_size: int = _field(32, "windows a step, of all processes together")
+    micro_batch_size: int = _field(0, "windows a process takes at once, their gradients added up; 0: its whole share")
+    epochs: int = _field(10, "passes over the training text, or stretches of --steps-per-epoch")
+    steps_per_epoch: int = _field(0, "steps between measurements and checkpoints; 0: a pass over the training text")
     patience: int = _field(0, "stop after so many epochs without a better validation loss; 0 never does")
     seed: int = _field(0, "seed of weights, order and dropout")
     precision: str = _field("auto", "arithmetic of matrix products", choices=("auto", "fp32", "bf16"))
     device: str = _field("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    parallel: str = _field(
+        "ddp", "under torchrun: weights whole in each process, or in shares (FSDP2)", choices=("ddp", "fsdp")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("lr", "clip_norm", "batch_size", "epochs")
-        self._not_negative("warmup_steps", "weight_decay", "patience", "seed")
+        self._not_negative("warmup_steps", "weight_decay", "patience", "seed", "micro_batch_size", "steps_per_epoch")
 
 
 SECTIONS: tuple[type[DataConfig], type[ModelConfig], type[TrainConfig]] = (
@@ -252,6 +257,9 @@ def refuse_unknown(given: Iterable[str]) -> None:
                 f"Try {near[0] if near else 'one of ' + ', '.join(known)}."
             )
 
+
+PLACEMENT = ("device", "micro_batch_size", "parallel")
+"""Fields that say where and in what parts a step is computed, and not what comes of it."""
 
 PRESETS: dict[str, dict[str, Scalar]] = {
     "reference": {},

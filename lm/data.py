@@ -114,14 +114,16 @@ class Windows:
         """Batches in one training pass."""
         return -(-self.n_full // batch_size)
 
-    def shuffled(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def shuffled(self, batch_size: int, seed: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One training pass: full windows in an order drawn from `seed`; the shorter last window is left out.
+
+        `done` batches of it are left out too: those that were trained on before.
 
         Yields:
             inputs and targets [B, T], int64; the last batch may have fewer windows.
         """
         order = np.random.default_rng(seed).permutation(self.n_full)
-        for i in range(0, len(order), batch_size):
+        for i in range(done * batch_size, len(order), batch_size):
             yield self._cut(np.sort(order[i : i + batch_size]))
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,3 +14,7 @@ class DivergedError(RuntimeError):
 
 class LeakError(UserError):
     """The model sees what it is to predict, or is measured on what it was trained on."""
+
+
+class LostRankError(Exception):
+    """Another process of a training in several has ended, or cannot be reached."""

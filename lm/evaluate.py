@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lm.data import Windows
 from lm.loss import token_nats
 from lm.model import Decoder
+from lm.parallel import ALONE, Ranks
 from lm.runtime import autocast
 
 _TOKENS_A_BATCH = 2048
@@ -72,6 +73,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     progress: str | None = None,
     context: Literal["window", "sliding"] = "window",
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Score every target of `windows` once, whatever the batch size; dropout is off.
 
@@ -79,24 +81,30 @@ def evaluate(
         progress: the bar's label, or None for no bar.
         context: windows one after another, in which a target sees what stands before it in its own window; or a window
             that slides, so that each sees (nearly) as much as the model takes, at 32 times the cost.
+        ranks: processes that share the batches, and all have the scores; a batch is the same whoever takes it.
     """
     was_training = model.training
     model.eval()
-    parts: list[npt.NDArray[np.float32]] = []
+    nats_N = torch.zeros(windows.n_targets)
     batch_size = max(1, _TOKENS_A_BATCH // windows.seq_len)
     batches = windows.in_order(batch_size) if context == "window" else windows.sliding(batch_size)
     bar = tqdm(total=windows.n_targets, desc=progress, unit="tokens", disable=progress is None, leave=False)
-    done, total = 0, 0.0
-    for inputs_BT, targets_BT in batches:
-        inputs_BT, targets_BT = inputs_BT.to(model.device), targets_BT.to(model.device)
-        with autocast(model.device, precision):
-            logits_BTV, _ = model(inputs_BT, last=targets_BT.shape[1])
-        parts.append(token_nats(logits_BTV, targets_BT).flatten().cpu().numpy())
-        done, total = done + len(parts[-1]), total + float(parts[-1].sum())
-        bar.update(len(parts[-1]))
-        if progress is not None:
-            running = Evaluation(total, done)
+    start, mine, total, i, inputs_BT = 0, 0, 0.0, 0, torch.zeros(1, 1, dtype=torch.int64)
+    for i, (inputs_BT, targets_BT) in enumerate(batches):
+        if i % ranks.size == ranks.rank:
+            inputs_BT, on_device_BT = inputs_BT.to(model.device), targets_BT.to(model.device)
+            with autocast(model.device, precision):
+                logits_BTV, _ = model(inputs_BT, last=targets_BT.shape[1])
+            part_N = token_nats(logits_BTV, on_device_BT).flatten().cpu()
+            nats_N[start : start + len(part_N)] = part_N
+            mine, total = mine + len(part_N), total + float(part_N.sum())
+        start += targets_BT.numel()
+        bar.update(targets_BT.numel())
+        if progress is not None and mine:
+            running = Evaluation(total, mine)
             bar.set_postfix(loss=f"{running.nll:.3f}", perplexity=f"{running.perplexity:.1f}", refresh=False)
+    if ranks.rank > i % ranks.size:  # where weights are shared out a pass is made by all or none
+        model(inputs_BT.to(model.device))
     bar.close()
     model.train(was_training)
-    return Scores(np.concatenate(parts))
+    return Scores(ranks.summed(nats_N).numpy())

@@ -87,7 +87,9 @@ def _rows(logits: int, vocab_size: int) -> int:
     return max(1, logits // vocab_size)
 
 
-def mean_nats(head: torch.nn.Linear, x_BTD: Tensor, targets_BT: Tensor, precision: torch.dtype) -> Tensor:
+def mean_nats(
+    head: torch.nn.Linear, x_BTD: Tensor, targets_BT: Tensor, precision: torch.dtype, divisor: float | None = None
+) -> Tensor:
     """Negative log-likelihood a target, a scalar in fp32: cross-entropy of `head(x_BTD)`, with its gradients.
 
     They are made at once, so that this may be differentiated once, and `backward` be called once.
@@ -95,10 +97,16 @@ def mean_nats(head: torch.nn.Linear, x_BTD: Tensor, targets_BT: Tensor, precisio
     Args:
         head: from D to V, with a bias.
         precision: of the matrix products; of the logits too, before the bias is added in fp32.
+        divisor: what the sum is divided by, where these targets are part of more; by default their number.
     """
     with torch.autocast(x_BTD.device.type, enabled=False):
         loss: Tensor = _HeadNats.apply(  # pyright: ignore[reportAssignmentType]
-            x_BTD.flatten(0, 1), head.weight, head.bias, targets_BT.flatten(), float(targets_BT.numel()), precision
+            x_BTD.flatten(0, 1),
+            head.weight,
+            head.bias,
+            targets_BT.flatten(),
+            divisor or float(targets_BT.numel()),
+            precision,
         )
     return loss
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lm.config import ModelConfig
 
 _TIED_STD = 0.02
+_ODD = (-7046029254386353131, -49064778989728563, -4265267296055464877)  # any with as many ones as zeros
+_SITES = 4  # of dropout, in a layer
 
 
 @dataclass
@@ -62,26 +64,66 @@ def rotate(x_BHTK: Tensor, angles_2TK: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What dropout draws from in one pass: a draw follows from seed, site, window and place in it alone.
+
+    So the windows of a batch may be computed in any parts, by any number of processes, and are dropped alike
+    (counter-based random numbers: Salmon et al. 2011).
+
+    `first` is the place in the whole batch of the window that stands first here.
+    """
+
+    seed: int
+    first: int = 0
+
+    @classmethod
+    def drawn(cls) -> Noise:
+        """A seed from torch's own generator."""
+        return cls(int(torch.randint(2**62, ()).item()))
+
+    def draws(self, site: int, start: int, n: int) -> Tensor:
+        """[n] int64, equally likely bits: draws number `start` and on of a site."""
+        key = self.seed
+        for odd in (site, *_ODD):
+            key = (key ^ key >> 32) * _ODD[0] + odd & 2**64 - 1
+        key -= 2**63
+        z = torch.arange(start, start + n).mul_(_ODD[0]).add_(key)
+        shifted = torch.empty_like(z)
+        for odd in _ODD[1:]:
+            torch.bitwise_right_shift(z, 32, out=shifted)
+            z.bitwise_xor_(shifted).mul_(odd)
+        return z
+
+    def bytes(self, site: int, shape: torch.Size) -> Tensor:
+        """A byte, int8, for each element of [B, ...]."""
+        a_row = shape[1:].numel()
+        words = -(-a_row // 8)
+        drawn = self.draws(site, self.first * words, shape[0] * words).view(torch.int8)
+        return drawn.view(shape[0], 8 * words)[:, :a_row].reshape(shape)
+
+
 class Dropout(nn.Module):
     """Zero a share `p` of the activations in training and scale up the rest (Srivastava et al. 2014).
 
     On the CPU one 64-bit draw serves eight activations: a byte is compared with 256 `p`, rounded up or down by chance
     for each channel, so that `p` is exact. Torch's own dropout takes a draw for each, a quarter of a training step.
+    Elsewhere it is torch's own, with draws from torch's generator.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same shape."""
+    def forward(self, x: Tensor, noise: Noise | None, site: int) -> Tensor:
+        """[B, ...] to the same shape; `site` is another number for each place in the network."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or self.p > 255 / 256:
+        if noise is None or x.device.type != "cpu" or self.p > 255 / 256:
             return F.dropout(x, self.p)
-        n_zero = (self.p * 2**8 + torch.rand(x.shape[-1])).floor().clamp(max=2**8 - 1) - 2**7
-        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        keep = draws.view(torch.int8)[: x.numel()].view(x.shape) >= n_zero.to(torch.int8)
+        chances = noise.draws(-1 - site, 0, x.shape[-1]).bitwise_and_(2**24 - 1) / 2**24
+        n_zero = (self.p * 2**8 + chances).floor().clamp(max=2**8 - 1) - 2**7
+        keep = noise.bytes(site, x.shape) >= n_zero.to(torch.int8)
         return x * keep.view(torch.uint8).to(x.dtype).mul_(1 / (1 - self.p))  # torch casts bool itself slowly
 
 
@@ -105,6 +147,7 @@ class CausalSelfAttention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         angles_2TK: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix values by attention; with `angles_2TK` queries and keys are turned by their positions.
 
@@ -137,7 +180,7 @@ class CausalSelfAttention(nn.Module):
         # On the CPU these steps take half the time of torch's fused attention (EXPERIMENTS.md).
         scores_BHTS = (q_BHTK * self.head_dim**-0.5) @ k_BHSK.transpose(-2, -1)
         weights_BHTS = (scores_BHTS.float() + mask_TS).softmax(dim=-1)
-        mixed_BHTK = self.dropout(weights_BHTS.to(v_BHSK.dtype)) @ v_BHSK
+        mixed_BHTK = self.dropout(weights_BHTS.to(v_BHSK.dtype), noise, _SITES * layer) @ v_BHSK
         mixed_BTD = self.out(mixed_BHTK.transpose(1, 2).reshape(B, T, D))
         return mixed_BTD, weights_BHTS if return_attention else None
 
@@ -161,9 +204,10 @@ class DecoderLayer(nn.Module):
         self.activation = {"relu": F.relu, "gelu": F.gelu}[shape.activation]
         self.dropout = Dropout(shape.dropout)
 
-    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+    def feed_forward(self, x_BTD: Tensor, layer: int, noise: Noise | None) -> Tensor:
         """Widen to F, bend, narrow back."""
-        return self.down(self.dropout(self.activation(self.up(x_BTD))))
+        bent_BTF = self.dropout(self.activation(self.up(x_BTD)), noise, _SITES * layer + 2)
+        return self.dropout(self.down(bent_BTF), noise, _SITES * layer + 3)
 
     def forward(
         self,
@@ -172,15 +216,16 @@ class DecoderLayer(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         angles_2TK: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer; arguments and returns as `CausalSelfAttention.forward`."""
         inner = self.norm_attention(x_BTD) if self.pre_norm else x_BTD
-        mixed, weights = self.attention(inner, return_attention, cache, layer, angles_2TK)
-        x_BTD = x_BTD + self.dropout(mixed)
+        mixed, weights = self.attention(inner, return_attention, cache, layer, angles_2TK, noise)
+        x_BTD = x_BTD + self.dropout(mixed, noise, _SITES * layer + 1)
         if self.pre_norm:
-            return x_BTD + self.dropout(self.feed_forward(self.norm_feed_forward(x_BTD))), weights
+            return x_BTD + self.feed_forward(self.norm_feed_forward(x_BTD), layer, noise), weights
         x_BTD = self.norm_attention(x_BTD)
-        return self.norm_feed_forward(x_BTD + self.dropout(self.feed_forward(x_BTD))), weights
+        return self.norm_feed_forward(x_BTD + self.feed_forward(x_BTD, layer, noise)), weights
 
 
 class Decoder(nn.Module):
@@ -240,7 +285,11 @@ class Decoder(nn.Module):
         return self.head(x_BTD if last is None else x_BTD[:, -last:]), attention
 
     def hidden(
-        self, ids_BT: Tensor, return_attention: bool = False, cache: KVCache | None = None
+        self,
+        ids_BT: Tensor,
+        return_attention: bool = False,
+        cache: KVCache | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """What the head predicts from, at every position.
 
@@ -248,6 +297,7 @@ class Decoder(nn.Module):
             ids_BT: token ids, 1 to `seq_len` positions (the cached ones counted).
             return_attention: return the softmax's weights.
             cache: keys and values of earlier tokens; those of `ids_BT` are added to it.
+            noise: what dropout draws from in training; by default torch's generator seeds it.
 
         Returns:
             [B, T, D], and one [B, H, T, S] of attention weights a layer (empty without `return_attention`).
@@ -265,10 +315,12 @@ class Decoder(nn.Module):
             angles_2TK = self.positions[:, past : past + T]
         else:
             x_BTD = x_BTD + self.positions[past : past + T]
-        x_BTD = self.dropout(x_BTD)
+        if noise is None and self.training:
+            noise = Noise.drawn()
+        x_BTD = self.dropout(x_BTD, noise, _SITES * len(self.layers))
         attention: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            x_BTD, weights_BHTS = layer(x_BTD, return_attention, cache, i, angles_2TK)
+            x_BTD, weights_BHTS = layer(x_BTD, return_attention, cache, i, angles_2TK, noise)
             if weights_BHTS is not None:
                 attention.append(weights_BHTS)
         if cache is not None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lm.parallel import whole
+
 if TYPE_CHECKING:
     from lm.config import TrainConfig
 
@@ -43,7 +45,7 @@ def clip_and_step(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float)
         the norm before clipping, a scalar.
     """
     gradients = {id(o): [p.grad for g in o.param_groups for p in g["params"] if p.grad is not None] for o in optimizers}
-    norm = torch.nn.utils.get_total_norm([gradient for part in gradients.values() for gradient in part])
+    norm = whole(torch.nn.utils.get_total_norm([gradient for part in gradients.values() for gradient in part]))
     divisor = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):

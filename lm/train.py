@@ -1,30 +1,35 @@
 """The training loop: a generator that yields one report an epoch; the caller logs, prunes or stops.
 
-Each epoch seeds torch from the run's seed and its own number, so a run resumed at an epoch's end takes the
-same steps as one that was never broken.
+The order of a pass follows from the run's seed and the pass's number, dropout from the seed and the step's. So a run
+resumed at an epoch's end takes the same steps as one that was never broken, and several processes the same as one.
 
 Shape suffixes: B batch, T query position, D model width.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from lm import runtime
+from lm import parallel, runtime
 from lm.checkpoint import TrainState
 from lm.config import TrainConfig
 from lm.data import Windows
 from lm.errors import DivergedError, UserError
 from lm.evaluate import Evaluation, Scores, evaluate
 from lm.loss import mean_nats
+from lm.model import Decoder, Noise
 from lm.optim import clip_and_step, lr_at
+from lm.parallel import ALONE, Ranks
 
 _STEPS_A_GLANCE = 20
 
@@ -60,56 +65,73 @@ class EpochReport:
         )
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of one epoch's order and dropout."""
-    return (seed * 1_000_003 + epoch + 1) % 2**63
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one pass's order, or of one step's dropout."""
+    return (seed * 1_000_003 + number + 1) % 2**63
 
 
 def fit(
-    state: TrainState, train: Windows, validation: Windows, config: TrainConfig, progress: bool = False
+    state: TrainState,
+    train: Windows,
+    validation: Windows,
+    config: TrainConfig,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[EpochReport]:
     """Train `state` in place from where it stands to `config.epochs`, or until patience ends.
 
+    With `ranks` all processes of a group train together: each calls this with the same text and config, and begins
+    with the state of the first.
+
     Yields:
-        one report after each epoch; at that moment `state` is what a checkpoint should hold.
+        one report after each epoch; at that moment `state` is what a checkpoint should hold (with FSDP in the first
+        process alone).
 
     Raises:
         DivergedError: a loss or a gradient that is not finite.
+        LostRankError: another process has ended.
         UserError: a state without optimizers, as of a checkpoint `best`.
     """
     if not state.optimizers:
         raise UserError("training needs the optimizer's state: got a checkpoint without. Try the run's last.")
     runtime.keep_memory()
-    device = state.model.device
-    precision = runtime.resolve_precision(config.precision, device)
-    total_steps = config.epochs * train.n_batches(config.batch_size)
-    while state.epochs_done < config.epochs and not out_of_patience(state, config):
-        epoch = state.epochs_done + 1
-        started = time.perf_counter()
-        trained, lr, norms = _train_epoch(state, train, config, total_steps, precision, progress)
-        train_seconds = time.perf_counter() - started
-        label = f"epoch {epoch}/{config.epochs} validation" if progress else None
-        scores = evaluate(state.model, validation, precision, label)
-        validated = scores.total
-        if not math.isfinite(validated.nats):
-            raise DivergedError(_diverged("validation loss", validated.nats, state))
-        is_best = validated.nll < state.best_nll
-        if is_best:
-            state.best_nll, state.best_epoch = validated.nll, epoch
-        state.epochs_done += 1
-        yield EpochReport(
-            epoch=epoch,
-            step=state.steps_done,
-            train=trained,
-            scores=scores,
-            is_best=is_best,
-            best_nll=state.best_nll,
-            lr=lr,
-            grad_norm=norms.mean().item(),
-            clipped_share=(norms > config.clip_norm).double().mean().item(),
-            tokens_per_second=trained.tokens / train_seconds,
-            seconds=time.perf_counter() - started,
-        )
+    with parallel.together(ranks):
+        state.level(ranks)
+        working = state.in_shares(config) if parallel.shares_weights(config.parallel, ranks) else state
+        loss: nn.Module = Loss(working.model, runtime.resolve_precision(config.precision, working.model.device))
+        if working is state:
+            loss = parallel.replicated(loss, ranks)
+        epoch_steps = config.steps_per_epoch or train.n_batches(config.batch_size)
+        while state.epochs_done < config.epochs and not out_of_patience(state, config):
+            epoch = state.epochs_done + 1
+            started = time.perf_counter()
+            trained, lr, norms = _train_epoch(working, loss, train, config, epoch_steps, progress, ranks)
+            train_seconds = time.perf_counter() - started
+            label = f"epoch {epoch}/{config.epochs} validation" if progress else None
+            precision = runtime.resolve_precision(config.precision, working.model.device)
+            scores = evaluate(working.model, validation, precision, label, ranks=ranks)
+            validated = scores.total
+            if not math.isfinite(validated.nats):
+                raise DivergedError(_diverged("validation loss", validated.nats, working))
+            is_best = validated.nll < working.best_nll
+            if is_best:
+                working.best_nll, working.best_epoch = validated.nll, epoch
+            working.epochs_done += 1
+            if working is not state:
+                state.gather(working)
+            yield EpochReport(
+                epoch=epoch,
+                step=state.steps_done,
+                train=trained,
+                scores=scores,
+                is_best=is_best,
+                best_nll=state.best_nll,
+                lr=lr,
+                grad_norm=float(norms.mean()),
+                clipped_share=float((norms > config.clip_norm).mean()),
+                tokens_per_second=trained.tokens / train_seconds,
+                seconds=time.perf_counter() - started,
+            )
 
 
 def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
@@ -117,71 +139,115 @@ def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
     return config.patience > 0 and state.epochs_done - state.best_epoch >= config.patience
 
 
+class Loss(nn.Module):
+    """A model with its loss: the module whose forward and backward pass are a step's."""
+
+    def __init__(self, model: Decoder, precision: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float, noise: Noise) -> Tensor:
+        """The targets' nats over `divisor`, a scalar."""
+        with runtime.autocast(self.model.device, self.precision):
+            x_BTD, _ = self.model.hidden(inputs_BT, noise=noise)
+        return mean_nats(self.model.head, x_BTD, targets_BT, self.precision, divisor)
+
+
 def train_step(
-    state: TrainState, inputs_BT: Tensor, targets_BT: Tensor, clip_norm: float, precision: torch.dtype
+    loss: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    config: TrainConfig,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward, clip and step on one batch.
+    """Forward, backward, clip and step on one batch, of which this process takes its share, some windows at once.
+
+    Args:
+        loss: `Loss`, as `parallel.replicated` returns it.
+        inputs_BT, targets_BT: the whole batch, on the CPU.
+        seed: of dropout.
 
     Returns:
-        its mean loss and the norm of its gradient before clipping, scalars left on the device.
+        this process's part of the batch's mean loss, and the norm of the whole gradient before clipping: scalars left
+        on the device.
     """
-    inputs_BT, targets_BT = inputs_BT.to(state.model.device), targets_BT.to(state.model.device)
-    with runtime.autocast(state.model.device, precision):
-        x_BTD, _ = state.model.hidden(inputs_BT)
-    loss = mean_nats(state.model.head, x_BTD, targets_BT, precision)
-    loss.backward()
-    return loss.detach(), clip_and_step(state.optimizers, clip_norm)
+    device = next(loss.parameters()).device
+    mine = ranks.share(len(inputs_BT))
+    rows = config.micro_batch_size or max(1, len(mine))
+    total = torch.zeros((), device=device)
+    for first in range(mine.start, max(mine.stop, mine.start + 1), rows):
+        last = min(first + rows, mine.stop)
+        # The mean over processes is the batch's. One without a window takes part with one that does not count.
+        divisor = targets_BT.numel() / ranks.size if mine else math.inf
+        part = slice(first, last) if mine else slice(0, 1)
+        with parallel.exchange(loss, due=last >= mine.stop):
+            nats = loss(inputs_BT[part].to(device), targets_BT[part].to(device), divisor, Noise(seed, first))
+            nats.backward()
+        total += nats.detach()
+    return total / ranks.size, clip_and_step(optimizers, config.clip_norm)
 
 
 def _train_epoch(
     state: TrainState,
+    loss: nn.Module,
     train: Windows,
     config: TrainConfig,
-    total_steps: int,
-    precision: torch.dtype,
+    epoch_steps: int,
     progress: bool,
-) -> tuple[Evaluation, float, Tensor]:
-    """One pass; returns its summed loss, the last lr and the gradient norm of each step."""
+    ranks: Ranks,
+) -> tuple[Evaluation, float, npt.NDArray[np.float64]]:
+    """The steps of one epoch; returns their summed loss, the last lr and the gradient norm of each."""
     state.model.train()
-    seed = epoch_seed(config.seed, state.epochs_done)
-    runtime.seed_everything(seed)
-    tokens, lr = 0, config.lr
+    runtime.seed_everything(seed_of(config.seed, state.epochs_done) + ranks.rank)  # for what Noise does not serve
+    tokens, nats, lr = 0, 0.0, config.lr
     losses: list[Tensor] = []  # left on the device until glanced at: each read would wait for it
     norms: list[Tensor] = []
+    norms_read: list[npt.NDArray[np.float64]] = []
     bar = tqdm(
-        train.shuffled(config.batch_size, seed),
-        total=train.n_batches(config.batch_size),
+        itertools.islice(batches(train, config, state.steps_done), epoch_steps),
+        total=epoch_steps,
         desc=f"epoch {state.epochs_done + 1}/{config.epochs} train",
         disable=not progress,
         leave=False,
     )
     for i, (inputs_BT, targets_BT) in enumerate(bar):
-        lr = lr_at(state.steps_done, total_steps, config)
+        lr = lr_at(state.steps_done, config.epochs * epoch_steps, config)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        loss, norm = train_step(state, inputs_BT, targets_BT, config.clip_norm, precision)
-        losses.append(loss * targets_BT.numel())
+        seed = seed_of(config.seed, state.steps_done)
+        mean, norm = train_step(loss, state.optimizers, inputs_BT, targets_BT, config, seed, ranks)
+        losses.append(mean * targets_BT.numel())
         norms.append(norm)
         tokens += targets_BT.numel()
         state.steps_done += 1
-        if i % _STEPS_A_GLANCE == 0 or i + 1 == bar.total:
-            running = Evaluation(_sum(losses), tokens)
-            _require_finite(running.nats, norms[-_STEPS_A_GLANCE:], state)
+        if i % _STEPS_A_GLANCE == 0 or i + 1 == epoch_steps:
+            nats += float(ranks.summed(torch.stack(losses)).cpu().double().sum())
+            norms_read.append(torch.stack(norms).double().cpu().numpy())
+            losses.clear()
+            norms.clear()
+            _require_finite(nats, norms_read[-1], state)
+            running = Evaluation(nats, tokens)
             bar.set_postfix(loss=f"{running.nll:.3f}", perplexity=f"{running.perplexity:.1f}")
-    return Evaluation(_sum(losses), tokens), lr, torch.stack(norms).float().cpu()
+    return Evaluation(nats, tokens), lr, np.concatenate(norms_read)
 
 
-def _sum(losses: list[Tensor]) -> float:
-    return torch.stack(losses).cpu().double().sum().item()
+def batches(train: Windows, config: TrainConfig, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets [B, T] of the steps from `step` on, pass after pass, each in an order of its own."""
+    done, place = divmod(step, train.n_batches(config.batch_size))
+    while True:
+        yield from train.shuffled(config.batch_size, seed_of(config.seed, done), place)
+        done, place = done + 1, 0
 
 
-def _require_finite(total: float, norms: list[Tensor], state: TrainState) -> None:
-    if not math.isfinite(total):
-        raise DivergedError(_diverged("loss", total, state))
+def _require_finite(nats: float, norms: npt.NDArray[np.float64], state: TrainState) -> None:
+    if not math.isfinite(nats):
+        raise DivergedError(_diverged("loss", nats, state))
     for norm in norms:
-        if not math.isfinite(norm.item()):
-            raise DivergedError(_diverged("gradient norm", norm.item(), state))
+        if not math.isfinite(norm):
+            raise DivergedError(_diverged("gradient norm", norm, state))
 
 
 def _diverged(what: str, value: float, state: TrainState) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lm.config import ModelConfig
 from lm.loss import token_nats
-from lm.model import Decoder, Dropout, rotary_angles, rotate, sinusoidal_positions
+from lm.model import Decoder, Dropout, Noise, rotary_angles, rotate, sinusoidal_positions
 
 SHAPE = ModelConfig(d_model=32, n_layers=3, n_heads=4, d_ff=64, seq_len=12)
 VOCAB = 50
@@ -138,14 +138,40 @@ def test_more_tokens_than_the_window_are_refused(model: Decoder) -> None:
 def test_dropout_zeroes_its_share_and_keeps_the_mean(p: float) -> None:
     torch.manual_seed(0)
     x = torch.ones(1000, 1001, requires_grad=True)
-    dropped = Dropout(p).train()(x)
+    dropped = Dropout(p).train()(x, Noise(0), 3)
     zeros = (dropped == 0).double().mean().item()
     assert abs(zeros - p) < 0.001
     assert abs(dropped.mean().item() - 1) < 0.002 / (1 - p)
     dropped.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, dropped.detach())
-    assert torch.equal(Dropout(p).eval()(x), x)
+    assert torch.equal(Dropout(p).eval()(x, Noise(0), 3), x)
+
+
+def test_a_window_is_dropped_alike_wherever_it_is_computed() -> None:
+    dropout, x = Dropout(0.3).train(), torch.ones(6, 5, 13)
+    whole = dropout(x, Noise(7), 2)
+    parts = [dropout(x[i : i + 2], Noise(7, i), 2) for i in (0, 2, 4)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(dropout(x[:2], Noise(7, 2), 2), whole[:2])
+
+
+def test_draws_are_independent_of_those_beside_them() -> None:
+    """Bytes are equally likely; what is dropped says nothing of the next draw, the next site, step, window or byte."""
+    n = 2**18
+    drawn = Noise(5).draws(3, 0, n).view(torch.uint8).view(n, 8)
+    counts = torch.stack([torch.bincount(drawn[:, i].int(), minlength=256) for i in range(8)])
+    chi_squared = ((counts - n / 256) ** 2 / (n / 256)).sum(1)
+    assert chi_squared.min() > 170 and chi_squared.max() < 350  # 255 on average, standard deviation 22.6
+    dropped = (drawn < 26).double() - 26 / 256
+    others = {
+        "site": Noise(5).draws(4, 0, n), "step": Noise(6).draws(3, 0, n), "next": Noise(5).draws(3, 1, n),
+        "window": Noise(5).draws(3, 64, n), "channel": Noise(5).draws(-4, 0, n),
+    }  # fmt: skip
+    for name, other in others.items():
+        beside = (other.view(torch.uint8).view(n, 8) < 26).double() - 26 / 256
+        correlation = (dropped[:, :, None] * beside[:, None, :]).mean(0) / dropped.var()
+        assert correlation.abs().max() < 6 / n**0.5, name
 
 
 def test_a_tied_head_shares_the_matrix() -> None:
