@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from experiments.cli import is_terminal
 from experiments.settings import Settings
 from lm import data, generate
 from lm.config import Config, DataConfig
@@ -63,7 +64,7 @@ class Text:
 def read_text(config: DataConfig, settings: Settings) -> Text:
     """Read and tokenise the corpus, from the cache where it is there."""
     corpus = load_corpus(config, settings.cache, settings.wikiqa_dir, settings.wikiqa_revision)
-    return Text(corpus, data.tokenize(corpus, config, settings.cache))
+    return Text(corpus, data.tokenize(corpus, config, settings.cache, is_terminal()))
 
 
 def check(text: Text, config: Config, seed_text: str | None) -> str:
@@ -156,12 +157,14 @@ def describe(text: Text) -> str:
     shares, baseline = text.shares, text.baseline
     clean = baseline.get("baseline_clean_perplexity")
     on_clean = f"{clean:.2f} on clean records" if clean else "there is no clean record"
+    seen, of = data.BASELINE_TOKENS, len(text.tokens.ids["train"])
+    part = f" of the first {seen / 1e6:.1f} of {of / 1e6:,.1f} million tokens" if of > seen else ""
     return (
         f"validation: {shares['validation_unknown_share']:.1%} of tokens unknown; in train stand "
         f"{shares['validation_answers_in_train_share']:.1%} of its answers and a run of {RUN} words of "
         f"{shares['validation_runs_in_train_share']:.1%} of its records; "
         f"{shares['validation_clean_share']:.1%} are clean\n"
-        f"baseline: Kneser-Ney {data.BASELINE_ORDER}-gram, validation perplexity "
+        f"baseline: Kneser-Ney {data.BASELINE_ORDER}-gram{part}, validation perplexity "
         f"{baseline['baseline_perplexity']:.2f}, {on_clean}"
     )
 

@@ -148,9 +148,17 @@ def alignment(windows: Windows, what: str) -> list[str]:
         if not torch.equal(inputs_BT[:, 1:], targets_BT[:, :-1]):
             return [f"{what} windows: a target is not the token after its input"]
     if windows.starts is None:
-        passed = [(x.flatten(), y.flatten()) for x, y in windows.in_order(4096)]
-        inputs_N, targets_N = (torch.cat(parts).numpy() for parts in zip(*passed, strict=True))
-        if not (np.array_equal(inputs_N, windows.ids[:-1]) and np.array_equal(targets_N, windows.ids[1:])):
+        done = 0
+        for inputs_BT, targets_BT in windows.in_order(4096):
+            n = targets_BT.numel()
+            text_N = windows.ids[done : done + n + 1]
+            if not (
+                np.array_equal(inputs_BT.flatten().numpy(), text_N[:-1])
+                and np.array_equal(targets_BT.flatten().numpy(), text_N[1:])
+            ):
+                break
+            done += n
+        if done != len(windows.ids) - 1:
             return [f"{what} windows: the targets of a pass are not the text, each token once"]
     return []
 

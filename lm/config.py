@@ -80,9 +80,12 @@ class _Section:
 class DataConfig(_Section):
     """Which text, how it is split and how it becomes tokens."""
 
-    corpus: str = _field("auto", "wikiqa, sample, auto (WikiQA if at hand, else the sample), or a file's path")
+    corpus: str = _field(
+        "auto", "wikiqa, sample, auto (WikiQA if at hand, else the sample), hf:NAME, a file, folder or pattern"
+    )
     question_column: str = _field("question", "column of the question in a csv, tsv, jsonl or parquet file")
     answer_column: str = _field("answer", "column of the answer")
+    text_column: str = _field("", "column whose texts are records by themselves; the corpus then stays on disk")
     validation_fraction: float = _field(0.1, "share of questions held out for validation (no own splits)")
     test_fraction: float = _field(0.1, "share of questions held out for test (no own splits)")
     split_seed: int = _field(0, "seed of the split by question")

@@ -1,58 +1,75 @@
-"""Text to records: where a corpus comes from and how it is split. The only place that imports `datasets`.
+"""Text to records: where a corpus comes from and how it is split. Knows neither tokens nor models.
 
-A corpus is a list of records (question and answer joined) for each split. Splits are the corpus's own, or dealt by
-question; a question on two sides is refused. Knows neither tokens nor models.
+A corpus is records (question and answer joined, or a text) for each split. Splits are the corpus's own, or dealt by
+question; none is on two sides. Small corpora are lists in memory. The hub's sets, folders, patterns of files and what
+is read by `--text-column` stay on disk, and may be larger than memory.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
-import gzip
 import hashlib
 import importlib.util
-import io
+import json
 import random
 import re
+import shutil
 import socket
+import tempfile
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from gzip import BadGzipFile
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
 
 from lm.config import DataConfig
 from lm.errors import UserError
+from lm.tables import (
+    SUFFIXES,
+    Record,
+    Records,
+    TableRecords,
+    kind_of,
+    number,
+    open_bytes,
+    read_files,
+    read_hub,
+    record,
+    require_columns,
+    scan,
+    spaced,
+)
 
 SPLITS = ("train", "validation", "test")
 WIKIQA = "microsoft/wiki_qa"
 WIKIQA_RECORDS = {"train": 20_360, "validation": 2_733, "test": 6_165}
 _RELEASE_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 _HUB_SECONDS = 2.0
+_OWN_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_ROWS_FORMAT = 1
 
-
-class Record(NamedTuple):
-    """One question with one answer: the joined text, the answer alone, and what must stay on one side of a split."""
-
-    key: str
-    text: str
-    answer: str
-
-
-Records = dict[str, list[Record]]
+Lists = dict[str, list[Record]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The records of each split, with a digest of every one of them."""
+    """The records of each split, with a digest of every one of them.
+
+    `keys_digest` is one of questions and answers apart, where they are too many to be looked at again.
+    """
 
     name: str
     source: str
-    splits: Records
+    splits: Mapping[str, Records]
     digest: str
+    keys_digest: str = ""
 
     def describe(self) -> str:
         """One line: name, size of each split, digest, source."""
@@ -75,9 +92,11 @@ def load_corpus(
         UserError: no such corpus, a missing column, a file that is not text, a split without records, a question on
             two sides of the split.
     """
+    if _stays_on_disk(config):
+        return _on_disk(config, cache_dir)
     name = config.corpus
     why_sample = ""
-    found: tuple[str, Records] | None = None
+    found: tuple[str, Lists] | None = None
     if name == "auto":
         name = "wikiqa" if wikiqa_dir else "sample"
         if not wikiqa_dir and (_wikiqa_cached() or _hub_reachable()):
@@ -97,20 +116,28 @@ def load_corpus(
     else:
         path = Path(name)
         source, splits = str(path), _split_by_key(_file_records(path, config, cache_dir), config)
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.split(".")[0]) or "file"
-    for split in SPLITS:
-        if not splits[split] and not (split == "test" and config.test_fraction == 0):
-            raise UserError(
-                f"corpus must have records in each split: got none in {split} of {source}. "
-                "Try a larger corpus, or other --validation-fraction and --test-fraction."
-            )
+        name = _name(path.name)
+    _require_records(splits, config, source)
     _require_apart(splits, source)
     return Corpus(name, source, splits, _digest(splits))
 
 
-def _require_apart(splits: Records, source: str) -> None:
+def _name(file: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", file.split(".")[0]).strip("-") or "file"
+
+
+def _require_records(splits: Mapping[str, Records], config: DataConfig, source: str) -> None:
+    for split in SPLITS:
+        if not len(splits[split]) and not (split == "test" and config.test_fraction == 0):
+            raise UserError(
+                f"corpus must have records in each split: got none in {split} of {source}. "
+                "Try a larger corpus, or other --validation-fraction and --test-fraction."
+            )
+
+
+def _require_apart(splits: Lists, source: str) -> None:
     """Refuse a split that has trained on what it is measured by: equal questions (keys) on two sides."""
-    keys = {split: {record.key for record in splits[split]} for split in SPLITS}
+    keys = {split: {each.key for each in splits[split]} for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         both = keys[one] & keys[other]
         if both:
@@ -120,24 +147,15 @@ def _require_apart(splits: Records, source: str) -> None:
             )
 
 
-def _digest(splits: Records) -> str:
+def _digest(splits: Lists) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
-        for record in splits[split]:
-            digest.update(f"{split}\t{record.text}\n".encode())
+        for each in splits[split]:
+            digest.update(f"{split}\t{each.text}\n".encode())
     return digest.hexdigest()
 
 
-def _spaced(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _record(question: Any, answer: Any, key: str | None = None) -> Record:
-    """A record whose key is its question, unless another is given."""
-    return Record(key or _spaced(str(question)).lower(), _spaced(f"{question} {answer}"), _spaced(str(answer)))
-
-
-def _split_by_key(records: Sequence[Record], config: DataConfig) -> Records:
+def _split_by_key(records: Sequence[Record], config: DataConfig) -> Lists:
     """Deal records to splits by their key, so that no key is on two sides; each split keeps the corpus's order."""
     keys = sorted({record.key for record in records})
     random.Random(config.split_seed).shuffle(keys)
@@ -146,9 +164,9 @@ def _split_by_key(records: Sequence[Record], config: DataConfig) -> Records:
     side = dict.fromkeys(keys, "train")
     side.update(dict.fromkeys(keys[:n_validation], "validation"))
     side.update(dict.fromkeys(keys[n_validation : n_validation + n_test], "test"))
-    splits: Records = {s: [] for s in SPLITS}
-    for record in records:
-        splits[side[record.key]].append(record)
+    splits: Lists = {s: [] for s in SPLITS}
+    for each in records:
+        splits[side[each.key]].append(each)
     return splits
 
 
@@ -182,110 +200,205 @@ def _sample_records() -> list[Record]:
                 if isinstance(question, str) and isinstance(answer, str):
                     parent[key(answer)] = key(question)
                     pairs.append((question, answer))
-    return [_record(question, answer, key(question)) for question, answer in pairs]
+    return [record(question, answer, key(question)) for question, answer in pairs]
 
 
-def _read_table(kind: str, files: dict[str, str] | str, cache_dir: Path, **options: Any) -> Any:
-    import datasets
+def _stays_on_disk(config: DataConfig) -> bool:
+    name = config.corpus
+    return (
+        name.startswith("hf:")
+        or bool(config.text_column)
+        or (name not in ("wikiqa", "sample", "auto") and (bool(re.search(r"[*?\[]", name)) or _is("dir", name)))
+    )
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error that is raised
-    return datasets.load_dataset(kind, data_files=files, cache_dir=str(cache_dir / "datasets"), **options)
+
+def _is(kind: str, name: str) -> bool:
+    """Whether a name is a file's, or a folder's (`dir`)."""
+    try:
+        path = Path(name).expanduser()
+        return path.is_dir() if kind == "dir" else path.is_file()
+    except (OSError, RuntimeError):  # a name too long, a home that is nobody's
+        return False
 
 
-def _read_csv(files: dict[str, Path], cache_dir: Path, separator: str) -> Any:
-    """Every column as text. Tab-separated files have no quoting, comma-separated ones double quotes."""
-    import datasets
+def _on_disk(config: DataConfig, cache_dir: Path) -> Corpus:
+    """A corpus whose records are read from tables on disk."""
+    if config.corpus.startswith("hf:"):
+        name, _, revision = config.corpus.removeprefix("hf:").partition("@")
+        name, _, part = name.partition(":")
+        found = read_hub(name, part or None, revision or None)
+        source = f"hub {name}{f' ({part})' if part else ''}@{_commit(found) or revision or 'main'}"
+        columns = _columns(config)
+    else:
+        files = _files(config.corpus)
+        found = read_files({"train": files}, cache_dir)
+        name, source = (
+            Path(config.corpus).name,
+            f"{config.corpus} ({len(files)} files)" if len(files) > 1 else str(files[0]),
+        )
+        columns = (
+            {"text_column": "text"} if kind_of(files[0]) == ".txt" and not config.text_column else _columns(config)
+        )
+    tables = {split: found[own] for split in SPLITS for own in _OWN_NAMES[split] if own in found}
+    if "train" not in tables:
+        raise UserError(f"corpus must have a split train: got {', '.join(found)} in {source}. Try another set or part.")
+    for table in tables.values():
+        require_columns(table, columns, source)
+    rows, about = _rows(tables, tuple(columns.values()), config, cache_dir)
+    splits = {s: TableRecords(tables.get(s, tables["train"]), tuple(columns.values()), rows[s]) for s in SPLITS}
+    if about["left_out"]:
+        source += (
+            f" without {about['left_out']:,} records whose {'question' if len(columns) > 1 else 'text'} is held out"
+        )
+    _require_records(splits, config, source)
+    return Corpus(_name(name.replace("/", "-")), source, splits, about["digest"], about["keys_digest"])
 
-    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    first = next(iter(files.values()))
-    with _open(first) as f, io.TextIOWrapper(f, encoding="utf-8-sig") as text:
-        header = next(csv.reader(text, delimiter=separator, quoting=quoting), [])
-    features = datasets.Features({column: datasets.Value("string") for column in header})
-    names = {split: str(path) for split, path in files.items()}
-    options = {"sep": separator, "quoting": quoting, "keep_default_na": False, "features": features}
-    options["index_col"] = False  # rows longer than the header are an error, not a shift of columns
-    options["encoding"] = "utf-8-sig"  # as Excel writes it; the mark is optional
-    return _read_table("csv", names, cache_dir, **options)
+
+def _columns(config: DataConfig) -> dict[str, str]:
+    if config.text_column:
+        return {"text_column": config.text_column}
+    return {"question_column": config.question_column, "answer_column": config.answer_column}
+
+
+def _files(corpus: str) -> list[Path]:
+    """The files of a path, a folder or a pattern, in the order of their names."""
+    path = Path(corpus).expanduser()
+    if _is("dir", corpus):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in SUFFIXES)
+    elif _is("file", corpus):
+        files = [path]
+    else:
+        files = sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
+    if not files or {kind_of(file) for file in files} - set(SUFFIXES) or len({kind_of(file) for file in files}) > 1:
+        got = ", ".join(sorted({kind_of(file) or file.name for file in files})) or "none"
+        raise UserError(
+            f"corpus must name files of one kind ({', '.join(SUFFIXES)}; .gz too): got {got} for {corpus}. "
+            "Try --corpus 'folder/*.jsonl'."
+        )
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"corpus must hold text: got the empty file {file}. Try --corpus sample.")
+    return files
+
+
+def _rows(
+    tables: Mapping[str, Any], columns: tuple[str, ...], config: DataConfig, cache_dir: Path
+) -> tuple[dict[str, npt.NDArray[np.int64]], dict[str, Any]]:
+    """Which rows of the tables are whose records, with digests; found once and kept in the cache.
+
+    A split that the tables lack is dealt out of train by its key's number, so equal keys are on one side. Where own
+    splits share keys train gives way to both others, and validation to test: those rows are left out.
+    """
+    prints = {split: table._fingerprint for split, table in tables.items()}
+    dealt = [config.validation_fraction, config.test_fraction, config.split_seed]
+    settings = json.dumps([_ROWS_FORMAT, prints, columns, dealt], sort_keys=True)
+    folder = cache_dir / f"records-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    if not (folder / "about.json").is_file():
+        _write_rows(folder, tables, columns, config)
+    rows = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
+    return rows, json.loads((folder / "about.json").read_text(encoding="utf-8"))
+
+
+def _write_rows(folder: Path, tables: Mapping[str, Any], columns: tuple[str, ...], config: DataConfig) -> None:
+    kind = np.dtype([("row", "i8"), ("key", "u8"), ("text", "u8"), ("answer", "u8")])
+    found: dict[str, npt.NDArray[np.void]] = {}
+    for split, table in tables.items():
+        made = ((i, number(r.key), number(r.text), number(r.answer)) for i, r in scan(table, columns))
+        found[split] = np.fromiter(made, kind)
+    train = found["train"]
+    chance = _mixed(train["key"], config.split_seed)
+    edges = {
+        "validation": (0.0, config.validation_fraction),
+        "test": (config.validation_fraction, config.test_fraction),
+    }
+    stays = np.ones(len(train), bool)
+    for split, (start, width) in edges.items():
+        if split not in tables:
+            chosen = (chance >= start) & (chance < start + width)
+            found[split], stays = train[chosen], stays & ~chosen
+    found["train"] = train[stays]
+    left_out = 0
+    for split, others in (("validation", ["test"]), ("train", ["validation", "test"])):
+        shared = np.isin(found[split]["key"], np.concatenate([found[other]["key"] for other in others]))
+        left_out += int(shared.sum())
+        found[split] = found[split][~shared]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+    try:
+        digests = [hashlib.sha256(), hashlib.sha256()]
+        for split in SPLITS:
+            np.save(draft / f"{split}.npy", found[split]["row"])
+            for digest, fields in zip(digests, (["text"], ["key", "answer"]), strict=True):
+                digest.update(split.encode())
+                for field in fields:
+                    digest.update(np.ascontiguousarray(found[split][field]).tobytes())
+        about = {"digest": digests[0].hexdigest(), "keys_digest": digests[1].hexdigest(), "left_out": left_out}
+        (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except OSError:
+        if not (folder / "about.json").is_file():  # another process may have put the same content there first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each key, another one for each seed (splitmix64: Steele et al. 2014)."""
+    z = keys + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return (z ^ (z >> np.uint64(31))) / 2.0**64
 
 
 def _file_records(path: Path, config: DataConfig, cache_dir: Path) -> list[Record]:
     """Records of one file: question and answer columns of a table, or the paragraphs of a plain text."""
-    try:
-        path = path.expanduser()
-        found = path.is_file()
-    except (OSError, RuntimeError):  # a name too long, a home that is nobody's
-        found = False
-    if not found:
+    if not _is("file", str(path)):
         raise UserError(
             f"corpus must be wikiqa, sample, auto or an existing file: got {config.corpus}. Try --corpus sample."
         )
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    suffix = suffixes[-1].lower() if suffixes else ""
+    path = path.expanduser()
+    suffix = kind_of(path)
     if path.stat().st_size == 0:
         raise UserError(f"corpus must hold text: got the empty file {path}. Try --corpus sample.")
     if suffix != ".parquet":
         _require_text(path)
     if suffix not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        with _open(path) as f:
+        with open_bytes(path) as f:
             text = f.read().decode("utf-8")
         parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
-        records = [Record(r.lower(), r, r) for r in map(_spaced, parts) if r]
+        records = [Record(r.lower(), r, r) for r in map(spaced, parts) if r]
         if not records:
             raise UserError(f"corpus must hold text: got only white space in {path}. Try --corpus sample.")
         return records
-    kind = {".tsv": "csv", ".jsonl": "json"}.get(suffix, suffix[1:])
-    try:
-        if kind == "csv":
-            table = _read_csv({"train": path}, cache_dir, "," if suffix == ".csv" else "\t")["train"]
-        else:
-            table = _read_table(kind, str(path), cache_dir, split="train")
-    except OSError:
-        raise
-    except Exception as e:
-        if "corresponds to no data" in str(e):  # a header without rows
-            raise UserError(f"corpus must have at least one record: got none in {path}. Try --corpus sample.") from e
-        cause = str(e.__cause__ or e).splitlines()[0][:150]
-        raise UserError(f"corpus must be readable as {suffix[1:]}: got {path} ({cause}). Try a plain .txt file.") from e
-    question, answer = config.question_column, config.answer_column
-    for flag, column in (("question", question), ("answer", answer)):
-        if column not in table.column_names:
-            raise UserError(
-                f"{flag}_column must be a column of {path.name}: got {column!r}, "
-                f"the file has {', '.join(table.column_names)}. Try --{flag}-column {table.column_names[0]}."
-            )
-    rows = zip(table[question], table[answer], strict=True)
-    records = [_record(q, a) for q, a in rows if q is not None and a is not None]
-    records = [record for record in records if record.text]
+    table = read_files({"train": [path]}, cache_dir)["train"]
+    columns = _columns(config)
+    require_columns(table, columns, path.name)
+    records = [made for _, made in scan(table, tuple(columns.values()))]
     if not records:
         raise UserError(f"corpus must have at least one record: got none in {path}. Try --corpus sample.")
     return records
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked if its name ends in .gz."""
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
 def _require_text(path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with _open(path) as f:
+        with open_bytes(path) as f:
             while chunk := f.read(1 << 20):
                 if "\0" in decoder.decode(chunk):
                     raise UserError(f"corpus must be UTF-8 text: got {path} (it holds NUL). Try a .txt or .csv file.")
         decoder.decode(b"", final=True)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as e:
+    except (UnicodeDecodeError, BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(
             f"corpus must be UTF-8 text: got {path} ({type(e).__name__}). Try converting it with iconv."
         ) from e
 
 
-def _wikiqa_release(folder: Path, cache_dir: Path) -> tuple[str, Records]:
+def _wikiqa_release(folder: Path, cache_dir: Path) -> tuple[str, Lists]:
     """The release's files: WikiQA-train.tsv and its like, packed or not, or the hub's parquet files."""
     if not folder.is_dir():
         raise UserError(f"LM_WIKIQA_DIR must be a folder: got {folder}. Try --corpus sample.")
-    files: dict[str, str] = {}
+    files: dict[str, list[Path]] = {}
     for split in SPLITS:
         release = _RELEASE_NAMES[split]
         patterns = (
@@ -300,33 +413,32 @@ def _wikiqa_release(folder: Path, cache_dir: Path) -> tuple[str, Records]:
                 f"LM_WIKIQA_DIR must hold each split of the release: got no {patterns[0]} (or .gz, .parquet) in "
                 f"{folder}. Try --corpus sample."
             )
-        files[split] = str(found)
-    if files["train"].endswith(".parquet"):
-        table = _read_table("parquet", files, cache_dir)
-        return f"the release in {folder}", _wikiqa_records(table, "question", "answer")
-    table = _read_csv({s: Path(f) for s, f in files.items()}, cache_dir, "\t")
-    return f"the release in {folder}", _wikiqa_records(table, "Question", "Sentence")
+        files[split] = [found]
+    names = ("question", "answer") if kind_of(files["train"][0]) == ".parquet" else ("Question", "Sentence")
+    return f"the release in {folder}", _wikiqa_records(read_files(files, cache_dir), *names)
 
 
-def _wikiqa_hub(revision: str) -> tuple[str, Records]:
+def _wikiqa_hub(revision: str) -> tuple[str, Lists]:
     """The hub's copy, or the local cache of it; the source names the commit that the files came from."""
-    import datasets
-
-    datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(WIKIQA, revision=revision)
-    except Exception as e:
+        table = read_hub(WIKIQA, None, revision)
+    except UserError as e:
         raise UserError(
-            f"corpus wikiqa must be in LM_WIKIQA_DIR, in the local cache or on the hub: got {type(e).__name__} "
+            f"corpus wikiqa must be in LM_WIKIQA_DIR, in the local cache or on the hub: got {e.__cause__!r:.150} "
             f"from the hub. Try --corpus sample."
         ) from e
-    files = " ".join(cast(Any, table)["train"].info.download_checksums or {})
-    commit = re.search(r"@([0-9a-f]{40})", files)
-    return f"hub {WIKIQA}@{commit.group(1) if commit else revision}", _wikiqa_records(table, "question", "answer")
+    return f"hub {WIKIQA}@{_commit(table) or revision}", _wikiqa_records(table, "question", "answer")
 
 
-def _wikiqa_records(table: Any, question: str, answer: str) -> Records:
-    splits = {s: [_record(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS}
+def _commit(tables: Any) -> str:
+    """The commit that the hub's files came from; empty where they do not tell."""
+    files = " ".join(next(iter(tables.values())).info.download_checksums or {})
+    found = re.search(r"@([0-9a-f]{40})", files)
+    return found.group(1) if found else ""
+
+
+def _wikiqa_records(table: Any, question: str, answer: str) -> Lists:
+    splits = {s: [record(q, a) for q, a in zip(table[s][question], table[s][answer], strict=True)] for s in SPLITS}
     sizes = {s: len(splits[s]) for s in SPLITS}
     if sizes != WIKIQA_RECORDS:
         raise UserError(

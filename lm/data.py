@@ -8,31 +8,38 @@ can reach into another split and no token is a target twice.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lm.config import DataConfig
 from lm.corpus import SPLITS, Corpus
 from lm.errors import UserError
 from lm.ngram import KneserNey
-from lm.overlap import RUN, in_train
+from lm.overlap import RUN, batched, in_train
 from lm.spelling import written_nats
+from lm.tables import Record, Records
 from lm.vocab import Vocab
 
 BASELINE_ORDER = 5
 """Order of the n-gram model that every run is held against."""
 
-_CACHE_FORMAT = 3
+BASELINE_TOKENS = 2**21
+"""So much of train, from its start, is what that model and the cost of written forms are learned from."""
+
+_CACHE_FORMAT = 4
+_RECORDS_AT_ONCE = 1000
 _RECORD = np.dtype(
     [("tokens", "i8"), ("bytes", "i8"), ("written_nats", "f8"), ("group", "i8"), ("copied", "?"), ("shared", "?")]
 )
@@ -171,19 +178,20 @@ def _tensor(ids: Ids) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path) -> TokenizedCorpus:
+def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path, progress: bool = False) -> TokenizedCorpus:
     """Build the vocabulary from train and encode each split, or take both from the cache.
 
-    The cache's key is the corpus with every setting of the tokenizer; a cache written by a process that died is never
-    seen, since the folder is renamed into place when complete.
+    Text is read a thousand records at a time, encoded on all cores, and written on as it comes; what is held in memory
+    is the vocabulary, the table of validation and test, and `BASELINE_TOKENS` of train. The cache's key is the corpus
+    with every setting of the tokenizer; a cache written by a process that died is never seen, since the folder is
+    renamed into place when complete.
     """
-    parts = "\n".join(f"{record.key}\t{record.answer}" for split in SPLITS for record in corpus.splits[split])
     settings = {
         "format": _CACHE_FORMAT,
-        "baseline_order": BASELINE_ORDER,
+        "baseline": [BASELINE_ORDER, BASELINE_TOKENS],
         "run": RUN,
         "corpus": corpus.digest,
-        "questions and answers": hashlib.sha256(parts.encode()).hexdigest(),
+        "questions and answers": corpus.keys_digest or _keys_digest(corpus),
         "tokenizer": config.tokenizer,
         "min_count": config.min_count,
     }
@@ -194,45 +202,70 @@ def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path) -> TokenizedCo
     if folder.exists():
         try:
             return _read_cache(folder)
-        except (OSError, ValueError, EOFError):  # damaged or half deleted: it is only a cache
+        except (OSError, ValueError, EOFError, KeyError):  # damaged or half deleted: it is only a cache
             shutil.rmtree(folder, ignore_errors=True)
-    _write_cache(folder, corpus, config)
+    _write_cache(folder, corpus, config, progress)
     return _read_cache(folder)
+
+
+def _keys_digest(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for record in corpus.splits[split]:
+            digest.update(f"{record.key}\t{record.answer}\n".encode())
+    return digest.hexdigest()
 
 
 def _read_cache(folder: Path) -> TokenizedCorpus:
     vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
-    ids = {s: cast(Ids, np.load(folder / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    ids: dict[str, Ids] = {}
+    for split in SPLITS:
+        file, n = folder / f"{split}.ids", about["tokens"][split]
+        if file.stat().st_size != n * np.dtype(about["dtype"]).itemsize:
+            raise EOFError(file)
+        ids[split] = np.memmap(file, about["dtype"], "r") if n else np.empty(0, about["dtype"])
     records = {s: np.load(folder / f"{s}-records.npy") for s in SPLITS[1:]}
     baseline = {s: np.load(folder / f"{s}-baseline.npy") for s in SPLITS[1:]}
     return TokenizedCorpus(vocab, ids, records, baseline)
 
 
-def _write_cache(folder: Path, corpus: Corpus, config: DataConfig) -> None:
-    texts = {split: [record.text + "\n" for record in corpus.splits[split]] for split in SPLITS}
-    vocab = Vocab.build(texts["train"], config.tokenizer, config.min_count, config.bpe_vocab_size)
+def _write_cache(folder: Path, corpus: Corpus, config: DataConfig, progress: bool) -> None:
+    train = _watched(corpus.splits["train"], "vocabulary", progress)
+    texts = (record.text + "\n" for part in train for record in part)
+    vocab = Vocab.build(texts, config.tokenizer, config.min_count, config.bpe_vocab_size)
     dtype = np.uint16 if len(vocab) <= 2**16 else np.uint32
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
     try:
         (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
-        written = written_nats(vocab, texts["train"], [texts[split] for split in SPLITS[1:]])
-        ids: dict[str, Ids] = {}
+        lengths: dict[str, list[int]] = {}
         for split in SPLITS:
-            encoded = vocab.encode_batch(texts[split])
-            flat = [np.asarray(record, dtype) for record in encoded]
-            ids[split] = np.concatenate(flat) if flat else np.empty(0, dtype)
-            np.save(draft / f"{split}.npy", ids[split])
-            if split != "train":
-                table = np.zeros(len(encoded), _RECORD)
-                table["tokens"] = [len(record) for record in encoded]
-                table["bytes"] = [len(text.encode()) for text in texts[split]]
-                table["written_nats"] = written[SPLITS.index(split) - 1]
-                table["group"] = np.unique([record.key for record in corpus.splits[split]], return_inverse=True)[1]
-                table["copied"], table["shared"] = in_train(corpus, split)
-                np.save(draft / f"{split}-records.npy", table)
-        baseline = KneserNey(ids["train"], len(vocab), min(BASELINE_ORDER, len(ids["train"])))
-        for split in SPLITS[1:]:
+            lengths[split] = []
+            with (draft / f"{split}.ids").open("wb") as f:
+                for part in _watched(corpus.splits[split], f"tokens of {split}", progress):
+                    encoded = vocab.encode_batch([record.text + "\n" for record in part])
+                    f.write(np.array([i for record in encoded for i in record], dtype).tobytes())
+                    lengths[split] += map(len, encoded)
+        tokens = {split: sum(lengths[split]) for split in SPLITS}
+        about = {"dtype": np.dtype(dtype).name, "tokens": tokens}
+        (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        first = int(np.searchsorted(np.cumsum(lengths["train"]), BASELINE_TOKENS, "right")) + 1
+        learned = [record.text + "\n" for record in itertools.islice(corpus.splits["train"], first)]
+        ids = {split: np.fromfile(draft / f"{split}.ids", dtype) for split in SPLITS[1:]}
+        some = np.fromfile(draft / "train.ids", dtype, BASELINE_TOKENS)
+        baseline = KneserNey(some, len(vocab), min(BASELINE_ORDER, len(some)))
+        overlap = in_train(corpus)
+        held = {split: list(corpus.splits[split]) for split in SPLITS[1:]}
+        written = written_nats(vocab, learned, [[record.text + "\n" for record in held[split]] for split in held])
+        for (split, records), nats in zip(held.items(), written, strict=True):
+            table = np.zeros(len(records), _RECORD)
+            table["tokens"] = lengths[split]
+            table["bytes"] = [len(record.text.encode()) + 1 for record in records]
+            table["written_nats"] = nats
+            table["group"] = np.unique([record.key for record in records], return_inverse=True)[1]
+            table["copied"], table["shared"] = overlap[split]
+            np.save(draft / f"{split}-records.npy", table)
             np.save(draft / f"{split}-baseline.npy", baseline.nats(ids[split])[1:].astype(np.float32))
         draft.rename(folder)
     except OSError:
@@ -240,3 +273,10 @@ def _write_cache(folder: Path, corpus: Corpus, config: DataConfig) -> None:
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _watched(records: Records, what: str, progress: bool) -> Iterator[list[Record]]:
+    with tqdm(total=len(records), desc=what, unit=" records", disable=not progress, leave=False) as bar:
+        for part in batched(records, _RECORDS_AT_ONCE):
+            yield part
+            bar.update(len(part))

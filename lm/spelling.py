@@ -26,6 +26,7 @@ from lm.vocab import Vocab
 
 _END = 256
 _BYTE_ORDER = 5
+_AT_ONCE = 1000
 
 
 def written_nats(vocab: Vocab, train: Sequence[str], splits: Sequence[Sequence[str]]) -> list[npt.NDArray[np.float64]]:
@@ -59,13 +60,15 @@ def written_nats(vocab: Vocab, train: Sequence[str], splits: Sequence[Sequence[s
 
 def _forms(vocab: Vocab, records: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
     """Each token of a record with its written form; that of the first one begins with the end of the line before."""
-    for record, encoded in zip(records, vocab.encode_with_places(records), strict=True):
-        forms: list[tuple[int, str]] = []
-        done = 0
-        for token, end in encoded:
-            forms.append((token, ("" if forms else "\n") + record[done : max(done, end)]))
-            done = max(done, end)
-        yield forms
+    for start in range(0, len(records), _AT_ONCE):
+        part = records[start : start + _AT_ONCE]
+        for record, encoded in zip(part, vocab.encode_with_places(part), strict=True):
+            forms: list[tuple[int, str]] = []
+            done = 0
+            for token, end in encoded:
+                forms.append((token, ("" if forms else "\n") + record[done : max(done, end)]))
+                done = max(done, end)
+            yield forms
 
 
 def _bytes(forms: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -11,7 +11,7 @@ import pytest
 from lm import corpus as corpus_module
 from lm import data
 from lm.config import Config, DataConfig
-from lm.corpus import SPLITS, Record, load_corpus
+from lm.corpus import SPLITS, Corpus, Record, load_corpus
 from lm.errors import UserError
 from lm.ngram import KneserNey
 from tests.conftest import toy_rows
@@ -132,7 +132,7 @@ def test_auto_without_hub_takes_the_sample_in_under_three_seconds(
         (
             "columns.csv",
             b"q,a\nhow?,so\n",
-            "question_column must be a column of columns.csv: got 'question', the file",
+            "question_column must be a column of columns.csv: got 'question', it has",
         ),
         ("picture.txt", b"\x89PNG\r\n\x00\x01", "corpus must be UTF-8 text"),
         ("latin.csv", b"question,answer\nol\xe9?,s\xed\n", "corpus must be UTF-8 text"),
@@ -223,3 +223,92 @@ def test_validation_text_put_into_train_is_refused(
 def test_a_path_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an existing file: got"):
         load_corpus(DataConfig(corpus=name), tmp_path)
+
+
+def texts(n: int, first: int = 0) -> list[str]:
+    return [f"the otter number {i} swims  in river {i % 7}." for i in range(first, first + n)]
+
+
+def write_jsonl(file: Path, column: str, rows: Sequence[str]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({column: row}) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def split_texts(corpus: Corpus) -> dict[str, list[str]]:
+    return {split: [record.text for record in corpus.splits[split]] for split in SPLITS}
+
+
+def test_a_text_column_makes_a_corpus_on_disk_split_by_text(tmp_path: Path) -> None:
+    rows = [*texts(300), *texts(5), "", "  "]
+    write_jsonl(tmp_path / "texts.jsonl", "body", rows)
+    config = DataConfig(corpus=str(tmp_path / "texts.jsonl"), text_column="body")
+    corpus = load_corpus(config, tmp_path / "cache")
+    found = split_texts(corpus)
+    assert sorted(text for split in found.values() for text in split) == sorted(" ".join(r.split()) for r in rows[:305])
+    assert len({text for split in found.values() for text in split}) == sum(len({*split}) for split in found.values())
+    assert 15 < len(found["validation"]) < 50 and 15 < len(found["test"]) < 50
+    again, other = (load_corpus(replace(config, split_seed=s), tmp_path / "cache") for s in (0, 1))
+    assert corpus.digest == again.digest != other.digest
+    assert split_texts(again) == found
+
+
+def test_folders_and_patterns_of_files_are_one_corpus(tmp_path: Path) -> None:
+    for i in range(3):
+        write_jsonl(tmp_path / f"parts/part-{i}.jsonl", "text", texts(50, 50 * i))
+    config = DataConfig(corpus=str(tmp_path / "parts"), text_column="text")
+    folder = load_corpus(config, tmp_path / "cache")
+    pattern = load_corpus(replace(config, corpus=str(tmp_path / "parts/part-*.jsonl")), tmp_path / "cache")
+    assert split_texts(folder) == split_texts(pattern)
+    assert sum(len(records) for records in folder.splits.values()) == 150
+    assert "(3 files)" in folder.describe()
+
+
+def test_plain_lines_of_text_files_need_no_column(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 60)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts(60, first)), encoding="utf-8")
+    corpus = load_corpus(DataConfig(corpus=str(tmp_path / "*.txt")), tmp_path / "cache")
+    assert sum(len(records) for records in corpus.splits.values()) == 120
+
+
+def test_a_set_of_the_hub_keeps_its_own_splits_and_train_gives_way(tmp_path: Path) -> None:
+    """A folder laid out as the hub's sets are, which is read by the same call."""
+    write_jsonl(tmp_path / "set/train.jsonl", "text", texts(100))
+    write_jsonl(tmp_path / "set/validation.jsonl", "text", [*texts(20, 90), "seen in test."])
+    write_jsonl(tmp_path / "set/test.jsonl", "text", [*texts(10, 200), "Seen in  test."])
+    corpus = load_corpus(DataConfig(corpus=f"hf:{tmp_path / 'set'}", text_column="text"), tmp_path / "cache")
+    found = split_texts(corpus)
+    assert [len(found[split]) for split in SPLITS] == [90, 20, 11]
+    assert "without 11 records whose text is held out" in corpus.describe()
+
+
+def test_a_set_without_validation_is_dealt_one_out_of_train(tmp_path: Path) -> None:
+    rows = [f'{{"question": "how {i % 50}?", "answer": "so {i}"}}\n' for i in range(200)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text("".join(rows))
+    (tmp_path / "set/test.jsonl").write_text('{"question": "why?", "answer": "so"}\n')
+    corpus = load_corpus(DataConfig(corpus=f"hf:{tmp_path / 'set'}"), tmp_path / "cache")
+    questions = {split: {record.key for record in corpus.splits[split]} for split in SPLITS}
+    assert not questions["train"] & questions["validation"] and questions["validation"]
+    assert questions["test"] == {"why?"}
+    assert sum(len(records) for records in corpus.splits.values()) == 201
+
+
+@pytest.mark.parametrize(
+    ("corpus", "column", "message"),
+    [
+        ("hf:nobody/nothing", "text", "corpus hf:nobody/nothing must be on the hub or in the local cache: got"),
+        ("{folder}/texts.jsonl", "txt", "text_column must be a column of .*: got 'txt', it has body"),
+        ("{folder}/none-*.jsonl", "body", r"corpus must name files of one kind .*: got none"),
+        ("{folder}", "body", r"corpus must name files of one kind .*: got .csv, .jsonl"),
+        ("{folder}/broken.parquet", "body", "corpus must be readable as parquet"),
+    ],
+)  # fmt: skip
+def test_what_is_no_corpus_on_disk_is_refused(corpus: str, column: str, message: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data/texts.jsonl", "body", texts(30))
+    (tmp_path / "data/other.csv").write_text("body\nx\n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
+    folder = tmp_path if "broken" in corpus else tmp_path / "data"
+    with pytest.raises(UserError, match=message) as caught:
+        load_corpus(DataConfig(corpus=corpus.format(folder=folder), text_column=column), tmp_path / "cache")
+    assert "\n" not in str(caught.value)

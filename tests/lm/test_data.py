@@ -83,7 +83,7 @@ def test_a_damaged_cache_is_made_again(damage: str, toy_csv: Path, tmp_path: Pat
     first = np.array(data.tokenize(corpus, config, tmp_path / "cache").ids["train"])
     [folder] = (tmp_path / "cache").glob("tokens-*")
     if damage == "cut":
-        (folder / "train.npy").write_bytes((folder / "train.npy").read_bytes()[:200])
+        (folder / "train.ids").write_bytes((folder / "train.ids").read_bytes()[:200])
     else:
         (folder / "vocab.json").unlink()
     assert np.array_equal(data.tokenize(corpus, config, tmp_path / "cache").ids["train"], first)

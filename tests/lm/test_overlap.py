@@ -13,7 +13,7 @@ def corpus(validation: list[tuple[str, str]]) -> Corpus:
 
 
 def test_an_answer_of_train_is_found_whatever_its_case() -> None:
-    copied, shared = in_train(corpus([("why?", "the otter swims."), ("why?", "the otter sleeps.")]), "validation")
+    copied, shared = in_train(corpus([("why?", "the otter swims."), ("why?", "the otter sleeps.")]))["validation"]
     assert copied.tolist() == [True, False]
     assert shared.tolist() == [False, False]
 
@@ -21,7 +21,7 @@ def test_an_answer_of_train_is_found_whatever_its_case() -> None:
 def test_thirteen_words_in_a_row_are_found_and_twelve_are_not() -> None:
     twelve = LONG.removesuffix(" thirteen")
     pairs = [("a", f"so {LONG.upper()} and on"), ("b", f"so {twelve} and on"), ("c", "")]
-    copied, shared = in_train(corpus(pairs), "validation")
+    copied, shared = in_train(corpus(pairs))["validation"]
     assert copied.tolist() == [False, False, False]
     assert shared.tolist() == [True, False, False]
 
@@ -30,15 +30,15 @@ def test_words_of_other_scripts_are_whole_words_and_punctuation_is_none() -> Non
     greek = "ένα δύο τρία τέσσερα πέντε έξι επτά οκτώ εννέα δέκα έντεκα δώδεκα"
     made = corpus([("a", f"{greek} δεκατρία"), ("b", greek), ("c", LONG.replace(" ", ", "))])
     made.splits["train"].append(Record("μέτρα", f"μέτρα: {greek}, δεκατρία!", "δεκατρία"))
-    _, shared = in_train(made, "validation")
+    _, shared = in_train(made)["validation"]
     assert shared.tolist() == [True, False, True]
 
 
 def test_a_run_does_not_reach_over_the_end_of_a_record() -> None:
-    _, shared = in_train(corpus([("x", f"y {LONG[:40]}"), ("z", LONG[40:])]), "validation")
+    _, shared = in_train(corpus([("x", f"y {LONG[:40]}"), ("z", LONG[40:])]))["validation"]
     assert not shared.any()
 
 
 def test_an_empty_split_has_no_records_to_mark() -> None:
-    copied, shared = in_train(corpus([]), "test")
+    copied, shared = in_train(corpus([]))["test"]
     assert (len(copied), len(shared)) == (0, 0)

@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,9 @@ def test_learning_beats_the_uniform_guess(toy_config: Config, toy_text: Tokenize
     assert [r.epoch for r in reports] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"schedule": "cosine", "warmup_steps": 5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"schedule": "cosine", "warmup_steps": 5}, {"steps_per_epoch": 7}]
+)
 def test_two_epochs_and_two_resumed_equal_four(
     changes: dict[str, object], toy_config: Config, toy_text: TokenizedCorpus, new_state: New, tmp_path: Path
 ) -> None:
@@ -57,6 +60,21 @@ def test_two_epochs_and_two_resumed_equal_four(
         return [(r.epoch, r.step, r.train.nats, r.validation.nats, r.grad_norm, r.lr, r.best_nll) for r in reports]
 
     assert figures(first + second) == figures(unbroken)
+
+
+def test_an_epoch_of_some_steps_goes_on_where_the_last_one_stopped(
+    toy_config: Config, toy_text: TokenizedCorpus
+) -> None:
+    windows = toy_text.windows("train", 8)
+    config = toy_config.override({"batch_size": 6}).train
+    a_pass = windows.n_batches(6)
+    whole = list(itertools.islice(train.batches(windows, config, 0), 2 * a_pass))
+    for step in (0, 5, a_pass - 1, a_pass, a_pass + 3):
+        inputs, targets = next(train.batches(windows, config, step))
+        assert inputs.equal(whole[step][0]) and targets.equal(whole[step][1])
+    first = torch.cat([targets.flatten() for _, targets in whole[:a_pass]])
+    second = torch.cat([targets.flatten() for _, targets in whole[a_pass:]])
+    assert first.sort()[0].equal(second.sort()[0]) and not first.equal(second)
 
 
 def test_equal_seeds_give_equal_figures_and_others_do_not(

@@ -1,0 +1,168 @@
+"""Files and the hub's sets as tables, and records read from a table on disk. The only place that imports `datasets`.
+
+`datasets` parses each source once, into Arrow files that are mapped into memory and read a few rows at a time. So a
+corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lm.errors import UserError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+_ROWS = 1000
+
+
+class Record(NamedTuple):
+    """One question with one answer: the joined text, the answer alone, and what must stay on one side of a split."""
+
+    key: str
+    text: str
+    answer: str
+
+
+class Records(Protocol):
+    """Records in an order, in memory or on disk, that can be gone through as often as needed."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Record]: ...
+
+
+def spaced(text: str) -> str:
+    """The same words with single spaces."""
+    return " ".join(text.split())
+
+
+def record(question: Any, answer: Any, key: str | None = None) -> Record:
+    """A record whose key is its question, unless another is given."""
+    return Record(key or spaced(str(question)).lower(), spaced(f"{question} {answer}"), spaced(str(answer)))
+
+
+@dataclass(frozen=True)
+class TableRecords:
+    """Records of some rows of a table on disk: of a text column, or of question and answer."""
+
+    table: Any
+    columns: tuple[str, ...]
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Record]:
+        for _, made in scan(self.table.select(self.rows), self.columns):
+            yield made
+
+
+def scan(table: Any, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
+    """Each row that has text, by its number, as a record."""
+    table = table.select_columns(list(columns))
+    for start in range(0, len(table), _ROWS):
+        batch = table[start : start + _ROWS]
+        for i, values in enumerate(zip(*(batch[column] for column in columns), strict=True)):
+            if any(value is None for value in values):
+                continue
+            if len(values) == 1:
+                text = spaced(str(values[0]))
+                made = Record(text.lower(), text, text)
+            else:
+                made = record(*values)
+            if made.text:
+                yield start + i, made
+
+
+def number(text: str) -> int:
+    """64 bits of a text, equal for equal texts alone (but for one chance in 2 ** 64 a pair)."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked if its name ends in .gz."""
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells how a file is read, without .gz; empty for none."""
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    return suffixes[-1].lower() if suffixes else ""
+
+
+def read_files(files: Mapping[str, Sequence[Path]], cache_dir: Path) -> Any:
+    """Tables of files by split, all of one kind; every column of csv and tsv is text.
+
+    Tab-separated files have no quoting, comma-separated ones double quotes.
+
+    Raises:
+        UserError: they cannot be read as what their names say; the cause is in the message.
+    """
+    first = next(iter(files.values()))[0]
+    suffix = kind_of(first)
+    names = {split: [str(path) for path in paths] for split, paths in files.items()}
+    options: dict[str, Any] = {}
+    if suffix in (".csv", ".tsv"):
+        separator = "," if suffix == ".csv" else "\t"
+        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+        with open_bytes(first) as f, io.TextIOWrapper(f, encoding="utf-8-sig") as text:
+            header = next(csv.reader(text, delimiter=separator, quoting=quoting), [])
+        options = {"sep": separator, "quoting": quoting, "keep_default_na": False}
+        options["features"] = _datasets().Features({column: _datasets().Value("string") for column in header})
+        options["index_col"] = False  # rows longer than the header are an error, not a shift of columns
+        options["encoding"] = "utf-8-sig"  # as Excel writes it; the mark is optional
+    builder = {".tsv": "csv", ".jsonl": "json", ".txt": "text"}.get(suffix, suffix[1:])
+    try:
+        return _datasets().load_dataset(builder, data_files=names, cache_dir=str(cache_dir / "datasets"), **options)
+    except OSError:
+        raise
+    except Exception as e:
+        if "corresponds to no data" in str(e):  # a header without rows
+            raise UserError(f"corpus must have at least one record: got none in {first}. Try --corpus sample.") from e
+        cause = (str(e.__cause__ or e).splitlines() or [""])[0][:150]
+        raise UserError(
+            f"corpus must be readable as {suffix[1:]}: got {first} ({cause}). Try a plain .txt file."
+        ) from e
+
+
+def read_hub(name: str, part: str | None, revision: str | None) -> Any:
+    """Tables by split of a set on the hub, or of the local cache of it, or of a folder laid out as one.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    try:
+        return _datasets().load_dataset(name, part, revision=revision)
+    except Exception as e:  # the hub's, the network's and the parsers' errors have no common base
+        first = (str(e).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"corpus hf:{name} must be on the hub or in the local cache: got {type(e).__name__} ({first}). "
+            "Try its name as the hub has it, or --corpus sample."
+        ) from e
+
+
+def require_columns(table: Any, columns: Mapping[str, str], where: str) -> None:
+    """Raise UserError for the first of `columns` (flag's name to column) that a table lacks."""
+    for flag, column in columns.items():
+        if column not in table.column_names:
+            raise UserError(
+                f"{flag} must be a column of {where}: got {column!r}, "
+                f"it has {', '.join(table.column_names)}. Try --{flag.replace('_', '-')} {table.column_names[0]}."
+            )
+
+
+def _datasets() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error that is raised
+    return datasets
