@@ -7,6 +7,9 @@ python experiments/bench.py startup                  --help, first step, served 
 python experiments/bench.py serve                    requests a second, by 1, 8 and 32 clients
 python experiments/bench.py study                    the default study against the write-up's loop; long
 python experiments/bench.py growth                   time and memory against vocabulary, window, layers and corpus
+python experiments/bench.py parallel                 one process against two that train one model
+python experiments/bench.py corpus                   10 and 100 million tokens read, trained on, gone on with; long
+python experiments/bench.py workers                  what the stores of the settings take from up to 64 workers
 
 Contestants take turns in processes of their own; a ratio is the median over rounds. "literal" is the network of the
 write-up as most people would write it: nn.TransformerDecoder, fp32, eager Adam. Results are kept in mlruns/bench;
@@ -39,7 +42,7 @@ VOCAB_SIZE = 18_707
 """WikiQA's vocabulary under the recipe."""
 TOLERANCE = 0.85
 """Share of the median of kept ratios below which `--check` fails."""
-_MODES = ("train", "generate", "startup", "serve", "study", "growth")
+_MODES = ("train", "generate", "startup", "serve", "study", "growth", "parallel", "corpus", "workers")
 _WITH_RATIOS = ("train", "generate", "serve", "study")
 _TRAIN = {"ours": 4, "gpt2": 3, "literal": 1, "matmul": 6}
 _GENERATE = {
@@ -81,13 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.mode == "generate":
         found = generate(job, args.quick, say)
     else:
-        from experiments import bench_programs, growth
+        from experiments import bench_programs, growth, scale
 
         measure = {
             "startup": bench_programs.startup,
             "serve": bench_programs.serve,
             "study": bench_programs.study,
             "growth": growth.measure,
+            "parallel": scale.parallel,
+            "corpus": scale.corpus,
+            "workers": scale.workers,
         }
         found = measure[args.mode](job, args.quick, say)
     result |= found
@@ -111,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _require_read(mode: str, given: Mapping[str, Any]) -> None:
     """Refuse a flag that the mode would not read."""
     read = {name for section in (ModelConfig, TrainConfig) for name in (field.name for field in fields(section))}
-    if mode in ("startup", "serve"):
+    if mode in ("startup", "serve", "workers"):
         read = set()
     elif mode != "study":
-        read -= {"epochs", "patience", "schedule", "warmup_steps", "seed"}
+        read -= {"epochs", "patience", "schedule", "warmup_steps", "seed", "steps_per_epoch", "parallel"}
     for name in given:
         if name not in read:
             flag = name.replace("_", "-")
