@@ -230,7 +230,7 @@ def _history(settings: Settings) -> tuple[list[list[float]], float]:
     from experiments.tracking import Tracker
 
     tracker = Tracker(settings)
-    run = tracker.open_Watched(tracker.find_Watched("run").info.run_id)
+    run = tracker.open_run(tracker.find_run("run").info.run_id)
     curves = [list(run.history(name).values()) for name in ("train_loss", "validation_loss", "tokens_per_second")]
     return curves[:2], statistics.median(curves[2])
 
