@@ -179,7 +179,7 @@ def _light_worker(settings: Settings, name: str, trials: int) -> list[float]:
     while claim := claims.take(trials, 0, lambda trial: {"lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True)}):
         tags = {"lm.kind": "trial", "lm.study": name, "lm.trial": str(claim.number)}
         with tracker.run(f"trial {claim.number}", tags) as run:
-            claim.set_Watched(run.id)
+            claim.set_run(run.id)
             run.log_params(claim.point)
             for epoch in range(1, _TRIAL_EPOCHS + 1):
                 start = time.perf_counter()
