@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TRAIN = str(Path(__file__).with_name("train.py"))
 _OTHERS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "OPTUNA_STORAGE", "LM_ARTIFACT_ROOT")
 _STEPS, _EPOCHS = 50, 4
-_TOKENS = (10_000_000, 100_000_000)
+_TOKENS, _QUICK_TOKENS = (10_000_000, 100_000_000), (1_000_000,)
 _WORDS, _A_RECORD, _A_CHUNK = 30_000, 40, 1_000_000
 _WORKERS, _TRIAL_EPOCHS, _HEADS = (1, 4, 16, 64), 5, 32
 
@@ -62,7 +62,7 @@ def corpus(job: Job, quick: bool, say: Say) -> dict[str, Any]:
     """A made-up text tokenised, trained on and gone on with: time, and the memory of the process itself."""
     found: dict[str, Any] = {}
     steps = 10 if quick else 100
-    for n in (_TOKENS[0] // 10,) if quick else _TOKENS:
+    for n in _QUICK_TOKENS if quick else _TOKENS:
         with _store() as (settings, environment):
             file = settings.mlruns / "text.jsonl"
             _write_text(file, n)

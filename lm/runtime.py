@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import random
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def telling_of_memory() -> Generator[None]:
+    """What takes memory as it goes.
+
+    Raises:
+        MemoryError: there was not enough; on the CPU torch says so in a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):
+            raise
+        raise MemoryError(
+            f"a step must fit into memory: got {str(e).splitlines()[0][:120]}. Try --batch-size 8."
+        ) from e
 
 
 def seed_everything(seed: int) -> None:

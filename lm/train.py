@@ -90,12 +90,13 @@ def fit(
     Raises:
         DivergedError: a loss or a gradient that is not finite.
         LostRankError: another process has ended.
+        MemoryError: a step does not fit.
         UserError: a state without optimizers, as of a checkpoint `best`.
     """
     if not state.optimizers:
         raise UserError("training needs the optimizer's state: got a checkpoint without. Try the run's last.")
     runtime.keep_memory()
-    with parallel.together(ranks):
+    with parallel.together(ranks), runtime.telling_of_memory():
         state.level(ranks)
         working = state.in_shares(config) if parallel.shares_weights(config.parallel, ranks) else state
         loss: nn.Module = Loss(working.model, runtime.resolve_precision(config.precision, working.model.device))

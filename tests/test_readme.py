@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
 
-from experiments import captures, export
+from experiments import captures, export, train
+from lm.errors import UserError
 from tests.conftest import TOY_FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +47,20 @@ def test_every_program_command_runs_in_the_order_of_the_page(
             # The command's own flags are parsed first, then made small enough for a test.
             argv += [*TOY_FLAGS, "--lr", "0.003", "--no-tie-embeddings", "--corpus", str(toy_csv)]
             argv += ["--trials", "2"] if name == "tune" else ["--epochs", "10"]
+        if "--text-column" in argv:
+            argv += ["--text-column", "answer", "--validation-fraction", "0.1", "--steps-per-epoch", "5"]
         if name == "leak_study":
             argv += [*TOY_FLAGS, "--corpus", str(toy_csv), "--windows", "600"]
         module.main(argv)
         assert capsys.readouterr().out
+
+
+def test_the_torchrun_command_is_one_that_train_takes(lab: Path) -> None:
+    [command] = [shlex.split(line) for line in SHELL if line.startswith("torchrun")]
+    program = command.index("experiments/train.py")
+    run.get_args_parser().parse_args(command[1:])
+    with pytest.raises(UserError, match="seeds must be at least 1"):  # after all other flags were read
+        train.main([*command[program + 1 :], "--seeds", "0"])
 
 
 def test_the_serve_command_is_the_one_that_programs_print() -> None:
