@@ -120,7 +120,8 @@ def _require_read(mode: str, given: Mapping[str, Any]) -> None:
     if mode in ("startup", "serve", "workers"):
         read = set()
     elif mode != "study":
-        read -= {"epochs", "patience", "schedule", "warmup_steps", "seed", "steps_per_epoch", "parallel"}
+        read -= {"epochs", "patience", "schedule", "warmup_steps", "seed", "steps_per_epoch"}
+        read -= set() if mode == "parallel" else {"parallel"}
     for name in given:
         if name not in read:
             flag = name.replace("_", "-")

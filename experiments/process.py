@@ -38,6 +38,11 @@ def is_gone(name: str) -> bool:
     return _started(int(pid)) != start
 
 
+def is_alive_here(name: str) -> bool:
+    """Whether it is a process of this host that has not ended."""
+    return name.partition(":")[0] == _host() and not is_gone(name)
+
+
 @cache
 def _host() -> str:
     """The machine's name; with its boot and its namespace of pids, so that containers of one name are told apart."""

@@ -34,7 +34,7 @@ def resume_run(
     if fixed:
         raise UserError(
             f"a resumed run must keep its config: got --{fixed[0].replace('_', '-')}. "
-            "Try --epochs, --patience, --device or --micro-batch-size alone, or a new run."
+            "Try --epochs, --patience, --device, --micro-batch-size or --parallel alone, or a new run."
         )
     if run.tags().get("lm.kind") == "trial":
         raise UserError(
@@ -86,7 +86,8 @@ def resume_group(summary: TrackedRun, changes: Mapping[str, Any]) -> Config:
     """The config of a group of seeds, to complete it or to prolong all of it; that of its first seed.
 
     Raises:
-        UserError: it is running or has not begun, or a change that its seeds cannot make together.
+        UserError: it is running or has not begun, or a change that its seeds cannot make together; where they are
+            computed (`PLACEMENT`) may change.
     """
     tags = summary.tags()
     if summary.is_live():

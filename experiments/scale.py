@@ -92,15 +92,15 @@ def workers(job: Job, quick: bool, say: Say) -> dict[str, Any]:
     del job
     from experiments.settings import Settings
 
-    settings = replace(Settings.load(), experiment="load")
+    settings = replace(Settings.load(), experiment=f"load-{os.getpid()}")
     say(f"MLflow {_place(settings.tracking_uri)}, Optuna {_place(settings.optuna_storage)}")
     found: dict[str, Any] = {}
     fork = multiprocessing.get_context("fork")
     from experiments import claims, tracking  # before the fork: the workers share the memory
 
-    del claims, tracking
+    del claims
     for n in _WORKERS[:2] if quick else _WORKERS:
-        trials, name = max(8, 2 * n), f"load-{n}-{os.getpid()}"
+        trials, name = max(8, 2 * n), f"{settings.experiment}-{n}"
         answers: Any = fork.SimpleQueue()
         _open(settings, name, trials)
         began = time.perf_counter()
@@ -111,6 +111,7 @@ def workers(job: Job, quick: bool, say: Say) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         for process in processes:
             process.join()
+        _remove_study(settings, name)
         errors = [answer for answer in told if isinstance(answer, str)]
         if errors:
             raise UserError(
@@ -130,6 +131,8 @@ def workers(job: Job, quick: bool, say: Say) -> dict[str, Any]:
             f"{values['metrics_a_second']:8,.0f} metrics/s  to log an epoch p50 {values['epoch_p50_seconds']:.2f} s, "
             f"p99 {values['epoch_p99_seconds']:.2f} s"
         )
+    tracker = tracking.Tracker(settings)
+    tracker.client.delete_experiment(tracker.experiment_id)
     most = max(values["epochs_a_second"] for values in found.values())
     say(f"so they carry {60 * most:,.0f} workers whose epochs take a minute")
     return found | {"workers_of_a_minute": 60 * most}
@@ -147,6 +150,13 @@ def _open(settings: Settings, name: str, trials: int) -> None:
     Tracker(settings)
     with store_lock(settings):
         open_study(open_storage(settings.optuna_storage), name, {"lr": 1e-3}, trials)
+
+
+def _remove_study(settings: Settings, name: str) -> None:
+    from experiments.study import open_storage
+
+    storage = open_storage(settings.optuna_storage)
+    storage.delete_study(storage.get_study_id_from_name(name))
 
 
 def _figures(epoch: int) -> dict[str, float]:
@@ -258,8 +268,11 @@ class _Watched:
 
     def _watch(self, pid: int, trains: threading.Event) -> None:
         status = Path(f"/proc/{pid}/status")
-        while status.exists():
-            own = re.search(r"RssAnon:\s+(\d+)", status.read_text())
+        while True:
+            try:
+                own = re.search(r"RssAnon:\s+(\d+)", status.read_text())
+            except OSError:  # it has ended
+                return
             if own is None:
                 return
             mib = int(own.group(1)) / 1024

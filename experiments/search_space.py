@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Protocol
 
-from lm.config import Config, DataConfig, Scalar, names
+from lm.config import PLACEMENT, Config, DataConfig, Scalar, names
 from lm.errors import UserError
 
 
@@ -80,7 +80,15 @@ SPACE: dict[str, Range | Choice] = {
 }
 """Depth, learning rate and clipping: the three that the recipe leaves open."""
 
-_FIXED = {*(f.name for f in fields(DataConfig)), "epochs", "patience", "seed", "device", "precision"}
+_FIXED = {
+    *(f.name for f in fields(DataConfig)),
+    "epochs",
+    "patience",
+    "seed",
+    "precision",
+    "steps_per_epoch",
+    *PLACEMENT,
+}
 """What all trials of a study share, so that their perplexities compare and their cost does."""
 
 

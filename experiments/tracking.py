@@ -33,7 +33,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.time import get_current_time_millis
 
 from experiments.locks import local_path, store_lock
-from experiments.process import TakenOverError, is_gone, own_name
+from experiments.process import TakenOverError, is_alive_here, is_gone, own_name
 from experiments.settings import ROOT, Settings
 from experiments.steady import keep_trying, steadied
 from lm.errors import UserError
@@ -181,10 +181,10 @@ class Tracker:
         return keep_trying(create, is_passing, "the MLflow store")
 
     def run_of_job(self, job: str) -> MlflowRun | None:
-        """The newest run of a `torchrun` job, if it has not ended by itself: restarted processes go on with it."""
+        """The newest run of a `torchrun` job, with which its processes go on when they are started again."""
         query = f"tags.`{JOB}` = '{job}'"
         found = self.client.search_runs([self.experiment_id], query, max_results=1)
-        return found[0] if found and found[0].info.status != "FINISHED" else None
+        return found[0] if found else None
 
     def run_of_trial(self, study: str, trial: int) -> str | None:
         """The id of a trial's run, also where its process died before the study knew it; None if there is none."""
@@ -399,6 +399,11 @@ class TrackedRun:
         owner = self.tags().get(_OWNER)
         if owner != own_name():
             raise TakenOverError(f"run {self.name} was taken over by {owner}")
+
+    def is_live_here(self) -> bool:
+        """Whether the run is open in a process of this host."""
+        run = self.client.get_run(self.id)
+        return run.info.status == "RUNNING" and is_alive_here(run.data.tags.get(_OWNER, ""))
 
     def is_live(self) -> bool:
         """Whether the run is open in a process that may be alive."""

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments import cli
 from lm.config import Config
@@ -88,8 +88,10 @@ def _lead(args: argparse.Namespace, config: Config, settings: Settings, ranks: R
     job = (parallel.job() or parent_name()) if parallel.launched() else ""
     found = tracker.find_run(args.resume) if args.resume is not None else None
     state, changes, tags = None, cli.given(args), {JOB: job} if job else {}
-    if job and found is None and (found := tracker.run_of_job(job)) is not None:
-        _restart(tracker, found)
+    if job and found is None and (found := _of_job(tracker, job, config, args.seeds)) is not None:
+        if found.info.status == "FINISHED":
+            print(f"run {found.info.run_name} of this torchrun job is finished. Another --rdzv-id begins a new one.")
+            return
         changes = {}
     run = tracker.open_run(found.info.run_id) if found else None
     if found is not None:
@@ -116,23 +118,41 @@ def _lead(args: argparse.Namespace, config: Config, settings: Settings, ranks: R
         if group := run.tags().get("lm.group"):
             print(f"Its group is summed up again by: python experiments/train.py --resume {group}")
     else:
-        run = _train_seeds(tracker, config, text, args, tags, run_id, ranks)
+        run = _train_seeds(tracker, config, text, args, tags, run_id, ranks, changes)
     print(f"Next: python experiments/ui.py, which opens {tracker.run_link(tracker.ui_address(), run.id)}")
     print(f"or:   python experiments/compare.py {run.name} ANOTHER_RUN")
 
 
-def _restart(tracker: Tracker, found: MlflowRun) -> None:
-    """Say that this job's run is gone on with, and close what its processes left open.
+def _of_job(tracker: Tracker, job: str, config: Config, seeds: int) -> MlflowRun | None:
+    """The run that this torchrun job began with these flags, ready to be gone on with; said aloud.
 
     Raises:
+        UserError: it is going on.
         DivergedError: it has ended by its own parameters, and would again.
     """
+    from lm.config import PLACEMENT
+
+    found = tracker.run_of_job(job)
+    if found is None:
+        return None
+    asked = {key: str(value) for key, value in {**config.flat(), "seeds": seeds}.items() if key not in PLACEMENT}
+    logged = {**asked, "seeds": "1", **found.data.params}
+    if any(logged[key] != value for key, value in asked.items()):
+        print(f"run {found.info.run_name} of this torchrun job has other flags: a new run begins")
+        return None
+    run = tracker.open_run(found.info.run_id)
+    if run.is_live_here():
+        raise UserError(
+            f"a torchrun job must have an id of its own: got {job}, whose run goes on. Try another --rdzv-id."
+        )
     reason = found.data.tags.get("lm.reason", "")
     if reason.startswith("DivergedError: "):
         raise DivergedError(reason.removeprefix("DivergedError: "))
     if found.info.status == "RUNNING":
-        tracker.close(found.info.run_id, "KILLED", "torchrun started its processes again")
-    print(f"run {found.info.run_name} ({found.info.run_id}) goes on: its processes were started again")
+        tracker.close(run.id, "KILLED", "torchrun started its processes again")
+    if found.info.status != "FINISHED":
+        print(f"run {run.name} ({run.id}) goes on: its processes were started again")
+    return found
 
 
 def _take_up(args: argparse.Namespace, found: MlflowRun) -> None:
@@ -214,6 +234,7 @@ def _train_seeds(
     tags: dict[str, str],
     summary_id: str | None,
     ranks: Ranks,
+    changes: dict[str, Any],
 ) -> TrackedRun:
     """A run for each seed and one that sums them up, which is returned; its figures are means of best epochs."""
     import numpy as np
@@ -227,7 +248,7 @@ def _train_seeds(
         for i in range(args.seeds):
             seed = config.train.seed + i
             print(f"seed {seed} ({i + 1}/{args.seeds})", flush=True)
-            run, figures = _train_member(tracker, config.override({"seed": seed}), text, args, summary, ranks)
+            run, figures = _train_member(tracker, config.override({"seed": seed}), text, args, summary, ranks, changes)
             if run.leaks:
                 summary.mark_leaking([run.tags()["lm.audit"]])
             found.append(figures)
@@ -248,7 +269,13 @@ def _train_seeds(
 
 
 def _train_member(
-    tracker: Tracker, config: Config, text: Text, args: argparse.Namespace, summary: TrackedRun, ranks: Ranks
+    tracker: Tracker,
+    config: Config,
+    text: Text,
+    args: argparse.Namespace,
+    summary: TrackedRun,
+    ranks: Ranks,
+    changes: dict[str, Any],
 ) -> tuple[TrackedRun, dict[str, float]]:
     """One seed of a group: trained, gone on with where it was begun, or only measured where it is done."""
     from experiments import resume
@@ -264,8 +291,9 @@ def _train_member(
                 f"a group's runs must have ended to be resumed: got {run.name}, which is running. Try then."
             )
         if resume.has_checkpoint(run):
-            changes = {**cli.given(args), "epochs": config.train.epochs}
-            config, text, state = resume.resume_run(run, changes, tracker.settings, ranks)
+            config, text, state = resume.resume_run(
+                run, {**changes, "epochs": config.train.epochs}, tracker.settings, ranks
+            )
             return _train(tracker, config, text, args, name, {}, run.id, state, ranks)
     return _train(tracker, config, text, args, name, {"lm.group": summary.id}, ranks=ranks)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.search_space import PATIENCE, SPACE, Space, describe, parse, suggest
-from lm.config import Config
+from lm.config import PLACEMENT, Config
 from lm.errors import DivergedError, LeakError, UserError
 
 if TYPE_CHECKING:
@@ -198,9 +198,10 @@ def check(config: Config, space: Space, trials: int, label: str | None) -> None:
 
 
 def study_name(label: str, text: Text, config: Config, space: Space) -> str:
-    """A name that changes with the text, the space and every hyperparameter, so that results cannot mix."""
+    """A name that changes with the text, the space and all that shapes a figure, so that results cannot mix."""
     searched = {key: values.describe() for key, values in space.items()}
-    shared = json.dumps([{**config.flat(), "corpus": text.corpus.name}, searched], sort_keys=True)
+    fields = {name: value for name, value in config.flat().items() if name not in PLACEMENT}
+    shared = json.dumps([{**fields, "corpus": text.corpus.name}, searched], sort_keys=True)
     return f"{label}-{text.corpus.name}-{text.corpus.digest[:8]}-{hashlib.sha256(shared.encode()).hexdigest()[:6]}"
 
 

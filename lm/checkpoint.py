@@ -39,7 +39,7 @@ FORMAT_VERSION = 2
 
 @dataclass
 class TrainState:
-    """All that training changes; the order of batches and the dropout follow from seed and epoch."""
+    """All that training changes; the order of batches and the dropout follow from the seed and the steps done."""
 
     model: Decoder
     optimizers: list[torch.optim.Optimizer]
@@ -78,27 +78,30 @@ class TrainState:
         if not ranks.is_first and moments:
             _restore(self.optimizers, moments)
 
-    def in_shares(self, recipe: TrainConfig) -> TrainState:
-        """A state of which each process holds a share; this one, which is whole, goes to the CPU."""
-        device = runtime.resolve_device(recipe.device)
+    def in_shares(self, recipe: TrainConfig, ranks: Ranks) -> TrainState:
+        """A state of which each process holds a share; this one stays whole in the first process alone."""
         model = copy.deepcopy(self.model)
-        parallel.share_out(model, model.layers, device)
+        parallel.share_out(model, model.layers, runtime.resolve_device(recipe.device))
         shares = TrainState(model, build_optimizers(model, recipe))
         shares.progress = self.progress
         if moments := _optimizer_tensors(self.optimizers):
             _restore(shares.optimizers, moments)
+        if not ranks.is_first:
+            self.model.to("meta")
+            self.optimizers.clear()
         return shares
 
-    def gather(self, shares: TrainState) -> None:
-        """Bring together here what the processes hold; all must do so at once."""
+    def gather(self, shares: TrainState, ranks: Ranks) -> None:
+        """Bring together, in the first process, what the processes hold; all must do so at once."""
         self.progress = shares.progress
-        self.model.load_state_dict(
-            {name: parallel.whole(value).cpu() for name, value in shares.model.state_dict().items()}
-        )
-        _restore(
-            self.optimizers,
-            {name: parallel.whole(value).cpu() for name, value in _optimizer_tensors(shares.optimizers).items()},
-        )
+        weights, moments = shares.model.state_dict(), _optimizer_tensors(shares.optimizers)
+        for tensors in (weights, moments):
+            for name, share in tensors.items():
+                whole = parallel.whole(share)
+                tensors[name] = whole.cpu() if ranks.is_first else share
+        if ranks.is_first:
+            self.model.load_state_dict(weights)
+            _restore(self.optimizers, moments)
 
 
 def place(recipe: TrainConfig, ranks: Ranks) -> torch.device:

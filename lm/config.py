@@ -96,6 +96,12 @@ class DataConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(bool(self.corpus), "corpus must be named", repr(self.corpus), "Try --corpus sample.")
+        _require(
+            self.question_column != self.answer_column,
+            "question and answer must be two columns",
+            f"{self.question_column!r} twice",
+            f"Try --text-column {self.question_column}.",
+        )
         self._fraction("validation_fraction", "test_fraction")
         total = self.validation_fraction + self.test_fraction
         _require(

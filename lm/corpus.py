@@ -8,14 +8,13 @@ is read by `--text-column` stay on disk, and may be larger than memory.
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import importlib.util
 import json
 import random
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from lm.tables import (
     Records,
     TableRecords,
     kind_of,
+    make_once,
     number,
     open_bytes,
     read_files,
@@ -54,6 +54,7 @@ _RELEASE_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 _HUB_SECONDS = 2.0
 _OWN_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _ROWS_FORMAT = 1
+_NAMED = ("wikiqa", "sample", "auto")
 
 Lists = dict[str, list[Record]]
 
@@ -92,6 +93,10 @@ def load_corpus(
         UserError: no such corpus, a missing column, a file that is not text, a split without records, a question on
             two sides of the split.
     """
+    if config.text_column and config.corpus in _NAMED:
+        raise UserError(
+            f"text_column is for files and the hub's sets: got --corpus {config.corpus}. Try --corpus 'folder/*.jsonl'."
+        )
     if _stays_on_disk(config):
         return _on_disk(config, cache_dir)
     name = config.corpus
@@ -208,7 +213,7 @@ def _stays_on_disk(config: DataConfig) -> bool:
     return (
         name.startswith("hf:")
         or bool(config.text_column)
-        or (name not in ("wikiqa", "sample", "auto") and (bool(re.search(r"[*?\[]", name)) or _is("dir", name)))
+        or (name not in _NAMED and (bool(re.search(r"[*?\[]", name)) or _is("dir", name)))
     )
 
 
@@ -268,7 +273,7 @@ def _files(corpus: str) -> list[Path]:
     elif _is("file", corpus):
         files = [path]
     else:
-        files = sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
+        files = sorted(Path(file) for file in glob.glob(str(path)) if _is("file", file))  # noqa: PTH207 (any pattern)
     if not files or {kind_of(file) for file in files} - set(SUFFIXES) or len({kind_of(file) for file in files}) > 1:
         got = ", ".join(sorted({kind_of(file) or file.name for file in files})) or "none"
         raise UserError(
@@ -293,13 +298,23 @@ def _rows(
     dealt = [config.validation_fraction, config.test_fraction, config.split_seed]
     settings = json.dumps([_ROWS_FORMAT, prints, columns, dealt], sort_keys=True)
     folder = cache_dir / f"records-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
-    if not (folder / "about.json").is_file():
-        _write_rows(folder, tables, columns, config)
-    rows = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
-    return rows, json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    make_once(folder, lambda: _read_rows(folder) is not None, lambda draft: _write_rows(draft, tables, columns, config))
+    found = _read_rows(folder)
+    assert found is not None
+    return found
 
 
-def _write_rows(folder: Path, tables: Mapping[str, Any], columns: tuple[str, ...], config: DataConfig) -> None:
+def _read_rows(folder: Path) -> tuple[dict[str, npt.NDArray[np.int64]], dict[str, Any]] | None:
+    """What `_write_rows` wrote; None where it is not there, or damaged."""
+    try:
+        rows = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
+        return rows, json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _write_rows(draft: Path, tables: Mapping[str, Any], columns: tuple[str, ...], config: DataConfig) -> None:
+    """Go through all records once; about 120 bytes of memory a record."""
     kind = np.dtype([("row", "i8"), ("key", "u8"), ("text", "u8"), ("answer", "u8")])
     found: dict[str, npt.NDArray[np.void]] = {}
     for split, table in tables.items():
@@ -322,25 +337,15 @@ def _write_rows(folder: Path, tables: Mapping[str, Any], columns: tuple[str, ...
         shared = np.isin(found[split]["key"], np.concatenate([found[other]["key"] for other in others]))
         left_out += int(shared.sum())
         found[split] = found[split][~shared]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
-    try:
-        digests = [hashlib.sha256(), hashlib.sha256()]
-        for split in SPLITS:
-            np.save(draft / f"{split}.npy", found[split]["row"])
-            for digest, fields in zip(digests, (["text"], ["key", "answer"]), strict=True):
-                digest.update(split.encode())
-                for field in fields:
-                    digest.update(np.ascontiguousarray(found[split][field]).tobytes())
-        about = {"digest": digests[0].hexdigest(), "keys_digest": digests[1].hexdigest(), "left_out": left_out}
-        (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    except OSError:
-        if not (folder / "about.json").is_file():  # another process may have put the same content there first
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    digests = [hashlib.sha256(), hashlib.sha256()]
+    for split in SPLITS:
+        np.save(draft / f"{split}.npy", found[split]["row"])
+        for digest, fields in zip(digests, (["text"], ["key", "answer"]), strict=True):
+            digest.update(split.encode())
+            for field in fields:
+                digest.update(np.ascontiguousarray(found[split][field]).tobytes())
+    about = {"digest": digests[0].hexdigest(), "keys_digest": digests[1].hexdigest(), "left_out": left_out}
+    (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.float64]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from lm.errors import UserError
 from lm.ngram import KneserNey
 from lm.overlap import RUN, batched, in_train
 from lm.spelling import written_nats
-from lm.tables import Record, Records
+from lm.tables import Record, Records, make_once, number
 from lm.vocab import Vocab
 
 BASELINE_ORDER = 5
@@ -38,7 +36,7 @@ BASELINE_ORDER = 5
 BASELINE_TOKENS = 2**21
 """So much of train, from its start, is what that model and the cost of written forms are learned from."""
 
-_CACHE_FORMAT = 4
+_CACHE_FORMAT = 5
 _RECORDS_AT_ONCE = 1000
 _RECORD = np.dtype(
     [("tokens", "i8"), ("bytes", "i8"), ("written_nats", "f8"), ("group", "i8"), ("copied", "?"), ("shared", "?")]
@@ -182,9 +180,8 @@ def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path, progress: bool
     """Build the vocabulary from train and encode each split, or take both from the cache.
 
     Text is read a thousand records at a time, encoded on all cores, and written on as it comes; what is held in memory
-    is the vocabulary, the table of validation and test, and `BASELINE_TOKENS` of train. The cache's key is the corpus
-    with every setting of the tokenizer; a cache written by a process that died is never seen, since the folder is
-    renamed into place when complete.
+    is the vocabulary, the tables of validation and test, and models of `BASELINE_TOKENS` of train. The cache's key is
+    the corpus with every setting of the tokenizer; a cache written by a process that died is never seen.
     """
     settings = {
         "format": _CACHE_FORMAT,
@@ -199,13 +196,12 @@ def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path, progress: bool
         settings["bpe_vocab_size"] = config.bpe_vocab_size
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens-{key}"
-    if folder.exists():
-        try:
-            return _read_cache(folder)
-        except (OSError, ValueError, EOFError, KeyError):  # damaged or half deleted: it is only a cache
-            shutil.rmtree(folder, ignore_errors=True)
-    _write_cache(folder, corpus, config, progress)
-    return _read_cache(folder)
+    make_once(
+        folder, lambda: _read_cache(folder) is not None, lambda draft: _write_cache(draft, corpus, config, progress)
+    )
+    found = _read_cache(folder)
+    assert found is not None
+    return found
 
 
 def _keys_digest(corpus: Corpus) -> str:
@@ -216,63 +212,64 @@ def _keys_digest(corpus: Corpus) -> str:
     return digest.hexdigest()
 
 
-def _read_cache(folder: Path) -> TokenizedCorpus:
-    vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    ids: dict[str, Ids] = {}
-    for split in SPLITS:
-        file, n = folder / f"{split}.ids", about["tokens"][split]
-        if file.stat().st_size != n * np.dtype(about["dtype"]).itemsize:
-            raise EOFError(file)
-        ids[split] = np.memmap(file, about["dtype"], "r") if n else np.empty(0, about["dtype"])
-    records = {s: np.load(folder / f"{s}-records.npy") for s in SPLITS[1:]}
-    baseline = {s: np.load(folder / f"{s}-baseline.npy") for s in SPLITS[1:]}
+def _read_cache(folder: Path) -> TokenizedCorpus | None:
+    """What `_write_cache` wrote; None where it is not there, or damaged or half deleted, since it is only a cache."""
+    try:
+        vocab = Vocab.from_json((folder / "vocab.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        ids = {split: _map(folder / f"{split}.ids", about["dtype"], about["tokens"][split]) for split in SPLITS}
+        records = {s: np.load(folder / f"{s}-records.npy") for s in SPLITS[1:]}
+        baseline = {s: np.load(folder / f"{s}-baseline.npy") for s in SPLITS[1:]}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
     return TokenizedCorpus(vocab, ids, records, baseline)
 
 
-def _write_cache(folder: Path, corpus: Corpus, config: DataConfig, progress: bool) -> None:
+def _map(file: Path, dtype: str, n: int) -> Ids:
+    if file.stat().st_size != n * np.dtype(dtype).itemsize:
+        raise EOFError(file)
+    return np.memmap(file, dtype, "r") if n else np.empty(0, dtype)
+
+
+def _write_cache(draft: Path, corpus: Corpus, config: DataConfig, progress: bool) -> None:
     train = _watched(corpus.splits["train"], "vocabulary", progress)
     texts = (record.text + "\n" for part in train for record in part)
     vocab = Vocab.build(texts, config.tokenizer, config.min_count, config.bpe_vocab_size)
-    dtype = np.uint16 if len(vocab) <= 2**16 else np.uint32
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
-    try:
-        (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
-        lengths: dict[str, list[int]] = {}
-        for split in SPLITS:
-            lengths[split] = []
-            with (draft / f"{split}.ids").open("wb") as f:
-                for part in _watched(corpus.splits[split], f"tokens of {split}", progress):
-                    encoded = vocab.encode_batch([record.text + "\n" for record in part])
-                    f.write(np.array([i for record in encoded for i in record], dtype).tobytes())
+    dtype = np.dtype(np.uint16 if len(vocab) <= 2**16 else np.uint32)
+    (draft / "vocab.json").write_text(vocab.to_json(), encoding="utf-8")
+    tokens: dict[str, int] = {}
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}  # of train's first records alone
+    for split in SPLITS:
+        tokens[split] = 0
+        with (draft / f"{split}.ids").open("wb") as f:
+            for part in _watched(corpus.splits[split], f"tokens of {split}", progress):
+                encoded = vocab.encode_batch([record.text + "\n" for record in part])
+                flat = np.array([i for record in encoded for i in record], dtype)
+                f.write(flat.tobytes())
+                if split != "train" or tokens[split] < BASELINE_TOKENS:
                     lengths[split] += map(len, encoded)
-        tokens = {split: sum(lengths[split]) for split in SPLITS}
-        about = {"dtype": np.dtype(dtype).name, "tokens": tokens}
-        (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        first = int(np.searchsorted(np.cumsum(lengths["train"]), BASELINE_TOKENS, "right")) + 1
-        learned = [record.text + "\n" for record in itertools.islice(corpus.splits["train"], first)]
-        ids = {split: np.fromfile(draft / f"{split}.ids", dtype) for split in SPLITS[1:]}
-        some = np.fromfile(draft / "train.ids", dtype, BASELINE_TOKENS)
-        baseline = KneserNey(some, len(vocab), min(BASELINE_ORDER, len(some)))
-        overlap = in_train(corpus)
-        held = {split: list(corpus.splits[split]) for split in SPLITS[1:]}
-        written = written_nats(vocab, learned, [[record.text + "\n" for record in held[split]] for split in held])
-        for (split, records), nats in zip(held.items(), written, strict=True):
-            table = np.zeros(len(records), _RECORD)
-            table["tokens"] = lengths[split]
-            table["bytes"] = [len(record.text.encode()) + 1 for record in records]
-            table["written_nats"] = nats
-            table["group"] = np.unique([record.key for record in records], return_inverse=True)[1]
-            table["copied"], table["shared"] = overlap[split]
-            np.save(draft / f"{split}-records.npy", table)
-            np.save(draft / f"{split}-baseline.npy", baseline.nats(ids[split])[1:].astype(np.float32))
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():  # another process may have put the same content there first
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+                tokens[split] += len(flat)
+    (draft / "about.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens}), encoding="utf-8")
+    first = int(np.searchsorted(np.cumsum(lengths["train"]), BASELINE_TOKENS, "right")) + 1
+    learned = (record.text + "\n" for record in itertools.islice(corpus.splits["train"], first))
+    some = np.fromfile(draft / "train.ids", dtype, BASELINE_TOKENS)
+    baseline = KneserNey(some, len(vocab), min(BASELINE_ORDER, len(some)))
+    overlap = in_train(corpus)
+    held = [(record.text + "\n" for record in corpus.splits[split]) for split in SPLITS[1:]]
+    for split, nats in zip(SPLITS[1:], written_nats(vocab, learned, held), strict=True):
+        table = np.zeros(len(lengths[split]), _RECORD)
+        table["tokens"], table["written_nats"] = lengths[split], nats
+        table["copied"], table["shared"] = overlap[split]
+        start, keys = 0, np.zeros(len(table), np.uint64)
+        for part in batched(corpus.splits[split], _RECORDS_AT_ONCE):
+            rows = slice(start, start + len(part))
+            table["bytes"][rows] = [len(record.text.encode()) + 1 for record in part]
+            keys[rows] = [number(record.key) for record in part]
+            start += len(part)
+        table["group"] = np.unique(keys, return_inverse=True)[1]
+        np.save(draft / f"{split}-records.npy", table)
+        paid = baseline.nats(_map(draft / f"{split}.ids", dtype.name, tokens[split]))
+        np.save(draft / f"{split}-baseline.npy", paid[1:].astype(np.float32))
 
 
 def _watched(records: Records, what: str, progress: bool) -> Iterator[list[Record]]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float64]
 
+_AT_ONCE = 2**18
 _FALLBACK = (0.5, 1.0, 1.5)
 """Discounts of an order whose counts of counts have a gap (a tiny text); those that KenLM falls back to."""
 
@@ -67,9 +68,13 @@ class KneserNey:
     def nats(self, ids: Ints, order: int | None = None) -> Floats:
         """Negative log-likelihood [N] of each id given those before it, by the model of `order` (default: highest)."""
         order = order or self.order
-        tokens = np.asarray(ids, np.int64)
-        if not len(tokens):
-            return np.empty(0)
+        parts = [np.empty(0)]
+        for start in range(0, len(ids), _AT_ONCE):
+            before = min(start, order - 1)
+            parts.append(self._nats(np.asarray(ids[start - before : start + _AT_ONCE], np.int64), order)[before:])
+        return np.concatenate(parts)
+
+    def _nats(self, tokens: Ints, order: int) -> Floats:
         p = np.full(len(tokens), 1 / self.vocab_size)
         context = np.zeros(len(tokens), np.int64)  # the known n-gram that ends before each position, or -1
         for length in range(1, order + 1):

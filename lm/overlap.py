@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm.corpus import SPLITS, Corpus
-from lm.tables import Record
+from lm.tables import Record, Records, number
 
 RUN = 13
 """Words in a row that two texts share by copying rather than by chance.
@@ -22,37 +22,57 @@ _AT_ONCE = 5000
 _ODD = 0x9E3779B97F4A7C15
 
 Flags = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.uint64]
+_NONE = np.empty(0, np.uint64)
 
 
 def in_train(corpus: Corpus) -> dict[str, tuple[Flags, Flags]]:
     """Which records of validation and test have their answer in train, and which any run of 13 words.
 
-    Case and punctuation do not count in runs, case alone in answers. Train is gone through once and not held.
+    Case and punctuation do not count in runs, case alone in answers. No text is held: 8 bytes for each run of
+    validation and test.
 
     Returns:
         two arrays [records] for each split. A record is clean where both are False.
     """
-    held = {split: list(corpus.splits[split]) for split in SPLITS[1:]}
-    answers = {each.answer.lower() for records in held.values() for each in records if each.answer}
-    of_record = {split: _runs(records) for split, records in held.items()}
-    runs = np.unique(np.concatenate([found for found, _ in of_record.values()]))
-    seen_answers: set[str] = set()
-    seen_runs = np.zeros(len(runs), bool)
-    for part in batched(corpus.splits["train"], _AT_ONCE):
-        seen_answers.update(answers.intersection(each.answer.lower() for each in part))
-        if len(runs):
-            found, _ = _runs(part)
-            place = np.minimum(np.searchsorted(runs, found), len(runs) - 1)
-            seen_runs[place[runs[place] == found]] = True
+    held = {split: corpus.splits[split] for split in SPLITS[1:]}
+    parts = [part for records in held.values() for part in _numbers(records)]
+    answers, runs = (np.unique(np.concatenate([*column, _NONE])) for column in zip(*parts, (_NONE, _NONE), strict=True))
+    del parts
+    seen_answers, seen_runs = np.zeros(len(answers), bool), np.zeros(len(runs), bool)
+    for found_answers, found_runs in _numbers(corpus.splits["train"]):
+        _mark(seen_answers, answers, found_answers)
+        _mark(seen_runs, runs, found_runs)
     made: dict[str, tuple[Flags, Flags]] = {}
     for split, records in held.items():
-        found, owner = of_record[split]
-        shared = np.zeros(len(records), bool)
-        if len(found):
-            shared[owner[seen_runs[np.searchsorted(runs, found)]]] = True
-        copied = np.array([each.answer.lower() in seen_answers for each in records], dtype=bool)
+        copied, shared = np.zeros(len(records), bool), np.zeros(len(records), bool)
+        start = 0
+        for part in batched(records, _AT_ONCE):
+            found, owner = _runs(part)
+            shared[start + owner[seen_runs[np.searchsorted(runs, found)]]] = True
+            copied[start : start + len(part)] = [
+                bool(each.answer) and bool(seen_answers[np.searchsorted(answers, _number(each))]) for each in part
+            ]
+            start += len(part)
         made[split] = copied, shared
     return made
+
+
+def _number(record: Record) -> np.uint64:
+    return np.uint64(number(record.answer.lower()))
+
+
+def _numbers(records: Records) -> Iterator[tuple[Numbers, Numbers]]:
+    """Numbers of the answers, empty ones aside, and of the runs, some records at a time."""
+    for part in batched(records, _AT_ONCE):
+        yield np.array([_number(each) for each in part if each.answer], np.uint64), np.unique(_runs(part)[0])
+
+
+def _mark(seen: Flags, numbers: Numbers, found: Numbers) -> None:
+    """Mark those of the sorted numbers that were found."""
+    if len(numbers):
+        place = np.minimum(np.searchsorted(numbers, found), len(numbers) - 1)
+        seen[place[numbers[place] == found]] = True
 
 
 def _runs(records: Sequence[Record]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:

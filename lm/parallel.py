@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from lm.errors import LostRankError, UserError
 
-_WAIT = timedelta(hours=2)
-"""How long one may be away from the others, as the first is while it measures; a killed one is noticed at once."""
+_WAIT = timedelta(days=7)
+"""How long one may be away from the others, as the first is while it tokenises; a killed one is noticed at once."""
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Ranks:
         return values
 
     def told(self, message: Any = None) -> Any:
-        """What the first process says (JSON's types); the others wait for it."""
+        """What the first process says, plain values and torch's types and shapes; the others wait for it."""
         if self.size == 1:
             return message
         box = [message]
@@ -92,6 +93,9 @@ def joined(device: str) -> Generator[Ranks]:
     if not launched():
         yield Ranks()
         return
+    for name in _VARIABLES:
+        if not os.environ.get(name):
+            raise UserError(f"who starts several processes must tell each {name}: got none. Try torchrun.")
     local, here = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device == "mps" or (on_cuda and here > torch.cuda.device_count()):
@@ -145,14 +149,16 @@ def together(ranks: Ranks) -> Generator[None]:
         if ranks.size == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e) or "peer" in str(e)):
             raise
         raise LostRankError(
-            f"all {ranks.size} processes must stay: rank {ranks.rank} lost another ({str(e).splitlines()[0][:120]}). "
-            "Try torchrun --max-restarts 3, which goes on from the last checkpoint."
+            f"all {ranks.size} processes must stay: rank {ranks.rank} ends since another has, which may have said why "
+            f"({str(e).splitlines()[0][:120]}). If it was killed, try torchrun --max-restarts 3."
         ) from e
 
 
 def replicated(module: nn.Module, ranks: Ranks) -> nn.Module:
     """A module whose gradients are the mean over all processes after `backward` (DDP: Li et al. 2020)."""
-    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True) if ranks.size > 1 else module
+    if ranks.size == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def shares_weights(parallel: str, ranks: Ranks) -> bool:

@@ -76,15 +76,15 @@ def telling_of_memory() -> Generator[None]:
     """What takes memory as it goes.
 
     Raises:
-        MemoryError: there was not enough; on the CPU torch says so in a RuntimeError.
+        MemoryError: there was not enough; torch says so in a RuntimeError.
     """
     try:
         yield
     except RuntimeError as e:
-        if "DefaultCPUAllocator" not in str(e):
+        if "DefaultCPUAllocator" not in str(e) and not isinstance(e, torch.OutOfMemoryError):
             raise
         raise MemoryError(
-            f"a step must fit into memory: got {str(e).splitlines()[0][:120]}. Try --batch-size 8."
+            f"a step must fit into memory: got {str(e).splitlines()[0][:120]}. Try --micro-batch-size 8."
         ) from e
 
 

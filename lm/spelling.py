@@ -14,9 +14,10 @@ its cost is 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,46 +30,51 @@ _BYTE_ORDER = 5
 _AT_ONCE = 1000
 
 
-def written_nats(vocab: Vocab, train: Sequence[str], splits: Sequence[Sequence[str]]) -> list[npt.NDArray[np.float64]]:
+def written_nats(vocab: Vocab, train: Iterable[str], splits: Sequence[Iterable[str]]) -> list[npt.NDArray[np.float64]]:
     """Cost of the written forms of each record [records], in nats, for each of `splits`; a line ends each record."""
     if vocab.kind == "bpe":
-        return [np.zeros(len(split)) for split in splits]
+        return [np.zeros(sum(1 for _ in split)) for split in splits]
     counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
-    for forms in _forms(vocab, train):
-        for token, form in forms:
-            counts[token][form] += 1
+    for part in _forms(vocab, train):
+        for forms in part:
+            for token, form in forms:
+                counts[token][form] += 1
     totals = {token: sum(seen.values()) for token, seen in counts.items()}
     rare = list(counts[vocab.unk_id]) or [form for seen in counts.values() for form in seen]
     speller = KneserNey(_bytes(rare), 257, _BYTE_ORDER)
     costs: list[npt.NDArray[np.float64]] = []
+
+    def cost(token: int, form: str, spelled: dict[str, float]) -> float:
+        seen = counts[token]
+        if not seen:
+            return spelled[form]
+        counted = math.log(seen[form]) if form in seen else -math.inf
+        # In logarithms: a long word is spelled with a probability that a float cannot hold.
+        mixed = float(np.logaddexp(counted, math.log(len(seen)) - spelled[form]))
+        return math.log(totals[token] + len(seen)) - mixed
+
     for split in splits:
-        written = list(_forms(vocab, split))
-        spelled = _spell(speller, {form for forms in written for _, form in forms})
-
-        def cost(token: int, form: str, spelled: dict[str, float] = spelled) -> float:
-            seen = counts[token]
-            if not seen:
-                return spelled[form]
-            counted = math.log(seen[form]) if form in seen else -math.inf
-            # In logarithms: a long word is spelled with a probability that a float cannot hold.
-            mixed = float(np.logaddexp(counted, math.log(len(seen)) - spelled[form]))
-            return math.log(totals[token] + len(seen)) - mixed
-
-        costs.append(np.array([sum(cost(token, form) for token, form in forms) for forms in written]))
+        paid: list[float] = []
+        for part in _forms(vocab, split):
+            spelled = _spell(speller, {form for forms in part for _, form in forms})
+            paid += [sum(cost(token, form, spelled) for token, form in forms) for forms in part]
+        costs.append(np.array(paid))
     return costs
 
 
-def _forms(vocab: Vocab, records: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Each token of a record with its written form; that of the first one begins with the end of the line before."""
-    for start in range(0, len(records), _AT_ONCE):
-        part = records[start : start + _AT_ONCE]
+def _forms(vocab: Vocab, records: Iterable[str]) -> Iterator[list[list[tuple[int, str]]]]:
+    """Some records at a time, each token with its written form; the first begins with the end of the line before."""
+    records = iter(records)
+    while part := list(itertools.islice(records, _AT_ONCE)):
+        made: list[list[tuple[int, str]]] = []
         for record, encoded in zip(part, vocab.encode_with_places(part), strict=True):
             forms: list[tuple[int, str]] = []
             done = 0
             for token, end in encoded:
                 forms.append((token, ("" if forms else "\n") + record[done : max(done, end)]))
                 done = max(done, end)
-            yield forms
+            made.append(forms)
+        yield made
 
 
 def _bytes(forms: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -7,16 +7,20 @@ corpus may be larger than memory.
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from lm.errors import UserError
 
@@ -109,28 +113,30 @@ def read_files(files: Mapping[str, Sequence[Path]], cache_dir: Path) -> Any:
     """
     first = next(iter(files.values()))[0]
     suffix = kind_of(first)
-    names = {split: [str(path) for path in paths] for split, paths in files.items()}
+    names = {split: [glob.escape(str(path)) for path in paths] for split, paths in files.items()}
     options: dict[str, Any] = {}
-    if suffix in (".csv", ".tsv"):
-        separator = "," if suffix == ".csv" else "\t"
-        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-        with open_bytes(first) as f, io.TextIOWrapper(f, encoding="utf-8-sig") as text:
-            header = next(csv.reader(text, delimiter=separator, quoting=quoting), [])
-        options = {"sep": separator, "quoting": quoting, "keep_default_na": False}
-        options["features"] = _datasets().Features({column: _datasets().Value("string") for column in header})
-        options["index_col"] = False  # rows longer than the header are an error, not a shift of columns
-        options["encoding"] = "utf-8-sig"  # as Excel writes it; the mark is optional
     builder = {".tsv": "csv", ".jsonl": "json", ".txt": "text"}.get(suffix, suffix[1:])
     try:
+        if suffix in (".csv", ".tsv"):
+            separator = "," if suffix == ".csv" else "\t"
+            quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+            with open_bytes(first) as f, io.TextIOWrapper(f, encoding="utf-8-sig") as text:
+                header = next(csv.reader(text, delimiter=separator, quoting=quoting), [])
+            options = {"sep": separator, "quoting": quoting, "keep_default_na": False}
+            options["features"] = _datasets().Features({column: _datasets().Value("string") for column in header})
+            options["index_col"] = False  # rows longer than the header are an error, not a shift of columns
+            options["encoding"] = "utf-8-sig"  # as Excel writes it; the mark is optional
         return _datasets().load_dataset(builder, data_files=names, cache_dir=str(cache_dir / "datasets"), **options)
-    except OSError:
-        raise
-    except Exception as e:
+    except Exception as e:  # the parsers' errors have no common base
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
         if "corresponds to no data" in str(e):  # a header without rows
             raise UserError(f"corpus must have at least one record: got none in {first}. Try --corpus sample.") from e
-        cause = (str(e.__cause__ or e).splitlines() or [""])[0][:150]
+        cause = e.__cause__ or e
+        said = (str(cause).splitlines() or [""])[0][:150] or type(cause).__name__
+        where = str(first) if sum(map(len, files.values())) == 1 else f"{first} or one beside it"
         raise UserError(
-            f"corpus must be readable as {suffix[1:]}: got {first} ({cause}). Try a plain .txt file."
+            f"corpus must be readable as {suffix[1:]}: got {where} ({said}). Try UTF-8 text with equal columns."
         ) from e
 
 
@@ -154,10 +160,31 @@ def require_columns(table: Any, columns: Mapping[str, str], where: str) -> None:
     """Raise UserError for the first of `columns` (flag's name to column) that a table lacks."""
     for flag, column in columns.items():
         if column not in table.column_names:
+            own = flag if any(other in table.column_names for other in columns.values()) else "text_column"
             raise UserError(
                 f"{flag} must be a column of {where}: got {column!r}, "
-                f"it has {', '.join(table.column_names)}. Try --{flag.replace('_', '-')} {table.column_names[0]}."
+                f"it has {', '.join(table.column_names)}. Try --{own.replace('_', '-')} {table.column_names[0]}."
             )
+
+
+def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path], None]) -> None:
+    """Have a folder of a cache made, by one process while others wait, and renamed into place when it is complete."""
+    if is_whole():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if is_whole():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+        try:
+            make(draft)
+            draft.rename(folder)
+        except OSError:
+            if not is_whole():  # on a host whose locks are not ours another may have put the same there
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _datasets() -> Any:

@@ -1,7 +1,7 @@
 """The training loop: a generator that yields one report an epoch; the caller logs, prunes or stops.
 
 The order of a pass follows from the run's seed and the pass's number, dropout from the seed and the step's. So a run
-resumed at an epoch's end takes the same steps as one that was never broken, and several processes the same as one.
+resumed at an epoch's end takes the same steps as one that was never broken, and so do, on the CPU, several processes.
 
 Shape suffixes: B batch, T query position, D model width.
 """
@@ -98,7 +98,7 @@ def fit(
     runtime.keep_memory()
     with parallel.together(ranks), runtime.telling_of_memory():
         state.level(ranks)
-        working = state.in_shares(config) if parallel.shares_weights(config.parallel, ranks) else state
+        working = state.in_shares(config, ranks) if parallel.shares_weights(config.parallel, ranks) else state
         loss: nn.Module = Loss(working.model, runtime.resolve_precision(config.precision, working.model.device))
         if working is state:
             loss = parallel.replicated(loss, ranks)
@@ -119,7 +119,7 @@ def fit(
                 working.best_nll, working.best_epoch = validated.nll, epoch
             working.epochs_done += 1
             if working is not state:
-                state.gather(working)
+                state.gather(working, ranks)
             yield EpochReport(
                 epoch=epoch,
                 step=state.steps_done,
@@ -175,16 +175,17 @@ def train_step(
         on the device.
     """
     device = next(loss.parameters()).device
-    mine = ranks.share(len(inputs_BT))
-    rows = config.micro_batch_size or max(1, len(mine))
+    mine, largest = ranks.share(len(inputs_BT)), -(-len(inputs_BT) // ranks.size)
+    rows = config.micro_batch_size or largest
+    n_parts = -(-largest // rows)  # of all alike, since each pass may be one of all processes
     total = torch.zeros((), device=device)
-    for first in range(mine.start, max(mine.stop, mine.start + 1), rows):
-        last = min(first + rows, mine.stop)
+    for i in range(n_parts):
+        part = mine[i * rows : (i + 1) * rows]
         # The mean over processes is the batch's. One without a window takes part with one that does not count.
-        divisor = targets_BT.numel() / ranks.size if mine else math.inf
-        part = slice(first, last) if mine else slice(0, 1)
-        with parallel.exchange(loss, due=last >= mine.stop):
-            nats = loss(inputs_BT[part].to(device), targets_BT[part].to(device), divisor, Noise(seed, first))
+        divisor = targets_BT.numel() / ranks.size if part else math.inf
+        at = slice(part.start, part.stop) if part else slice(0, 1)
+        with parallel.exchange(loss, due=i + 1 == n_parts):
+            nats = loss(inputs_BT[at].to(device), targets_BT[at].to(device), divisor, Noise(seed, at.start))
             nats.backward()
         total += nats.detach()
     return total / ranks.size, clip_and_step(optimizers, config.clip_norm)
@@ -201,7 +202,9 @@ def _train_epoch(
 ) -> tuple[Evaluation, float, npt.NDArray[np.float64]]:
     """The steps of one epoch; returns their summed loss, the last lr and the gradient norm of each."""
     state.model.train()
-    runtime.seed_everything(seed_of(config.seed, state.epochs_done) + ranks.rank)  # for what Noise does not serve
+    runtime.seed_everything(
+        seed_of(seed_of(config.seed, state.epochs_done), ranks.rank)
+    )  # for what Noise does not serve
     tokens, nats, lr = 0, 0.0, config.lr
     losses: list[Tensor] = []  # left on the device until glanced at: each read would wait for it
     norms: list[Tensor] = []

@@ -18,11 +18,12 @@ def measured(lab: Path, mode: str, *flags: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale, "_QUICK_TOKENS", (3_000_000, 6_000_000))
+    monkeypatch.setattr(scale, "_QUICK_TOKENS", (3_000_000, 9_000_000))
     found = measured(lab, "corpus", *SMALL)
-    less, more = found["3000000 tokens"], found["6000000 tokens"]
+    less, more = found["3000000 tokens"], found["9000000 tokens"]
     for phase in ("tokenise_mib", "train_mib", "resume_mib"):
-        assert more[phase] < 1.15 * less[phase], phase
+        bytes_a_token = 2**20 * (more[phase] - less[phase]) / 6_000_000
+        assert bytes_a_token < 8, phase  # its text alone has more, as objects of Python ten times that
     for values in (less, more):
         assert values["resume_seconds_to_tokens"] < values["seconds_to_tokens"] / 2  # the text is not read again
         losses = values["train_loss"]

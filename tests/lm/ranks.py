@@ -22,7 +22,7 @@ def main(changes: str, out: str, folder: str) -> None:
     vocab = Vocab.build([" ".join(f"w{i}" for i in range(99))], min_count=1)
     drawn = np.random.default_rng(0).zipf(1.5, 16 * 7 * 90) % 100
     ids = np.cumsum(drawn, dtype=np.uint64) % 100  # what comes next depends on what was last
-    windows, validation = Windows(ids[:-1000], 16), Windows(ids[-1000:], 16)
+    windows, validation = Windows(ids[:-984], 16), Windows(ids[-984:], 16)
     with parallel.joined("cpu") as ranks:
         runtime.seed_everything(config.train.seed + ranks.rank)  # the first one's weights are to count
         state = TrainState.new(config, 100, torch.device("cpu"))

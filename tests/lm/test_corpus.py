@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -302,13 +303,39 @@ def test_a_set_without_validation_is_dealt_one_out_of_train(tmp_path: Path) -> N
         ("{folder}/none-*.jsonl", "body", r"corpus must name files of one kind .*: got none"),
         ("{folder}", "body", r"corpus must name files of one kind .*: got .csv, .jsonl"),
         ("{folder}/broken.parquet", "body", "corpus must be readable as parquet"),
+        ("{folder}/latin.csv", "body", "corpus must be readable as csv: got .*UTF-8"),
+        ("{folder}/half.jsonl.gz", "body", "corpus must be readable as jsonl"),
+        ("{folder}/**x.jsonl", "body", "corpus must name files of one kind"),
+        ("sample", "body", "text_column is for files and the hub's sets: got --corpus sample"),
     ],
 )  # fmt: skip
 def test_what_is_no_corpus_on_disk_is_refused(corpus: str, column: str, message: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data/texts.jsonl", "body", texts(30))
     (tmp_path / "data/other.csv").write_text("body\nx\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
-    folder = tmp_path if "broken" in corpus else tmp_path / "data"
+    (tmp_path / "latin.csv").write_bytes(b"body\nol\xe9\n")
+    (tmp_path / "half.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00half")
+    folder = tmp_path if re.search("broken|latin|half", corpus) else tmp_path / "data"
     with pytest.raises(UserError, match=message) as caught:
         load_corpus(DataConfig(corpus=corpus.format(folder=folder), text_column=column), tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_look_like_patterns_are_read_as_names(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "parts/part[1].jsonl", "text", texts(60))
+    corpus = load_corpus(DataConfig(corpus=str(tmp_path / "parts"), text_column="text"), tmp_path / "cache")
+    assert sum(len(records) for records in corpus.splits.values()) == 60
+
+
+def test_a_damaged_cache_of_rows_is_made_again(tmp_path: Path) -> None:
+    config = DataConfig(corpus=str(write_jsonl(tmp_path / "t.jsonl", "text", texts(60))), text_column="text")
+    first = split_texts(load_corpus(config, tmp_path / "cache"))
+    [rows] = (tmp_path / "cache").glob("records-*/train.npy")
+    rows.write_bytes(rows.read_bytes()[:130])
+    assert split_texts(load_corpus(config, tmp_path / "cache")) == first
+
+
+def test_a_text_column_is_advised_where_there_is_neither_question_nor_answer(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "parts/a.jsonl", "body", texts(9))
+    with pytest.raises(UserError, match="question_column must be a column of .*Try --text-column body"):
+        load_corpus(DataConfig(corpus=str(tmp_path / "parts")), tmp_path / "cache")

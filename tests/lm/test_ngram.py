@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm import ngram
 from lm.data import TokenizedCorpus
 from lm.ngram import KneserNey
 
@@ -82,3 +83,11 @@ def test_a_longer_order_knows_the_text_better(toy_text: TokenizedCorpus) -> None
 def test_too_short_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="must hold an n-gram"):
         KneserNey(np.array([1, 2]), 5, 3)
+
+
+def test_nats_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(0).integers(0, 5, 500)
+    model = KneserNey(ids[:300], 5)
+    whole = model.nats(ids)
+    monkeypatch.setattr(ngram, "_AT_ONCE", 7)
+    assert np.array_equal(model.nats(ids), whole)

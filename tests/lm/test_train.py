@@ -132,5 +132,5 @@ def test_a_state_without_optimizers_is_refused(toy_config: Config, toy_text: Tok
 def test_a_step_that_does_not_fit_into_memory_is_told_as_that(toy_config: Config, new_state: New) -> None:
     config = toy_config.override({"seq_len": 2048, "batch_size": 4096})  # attention weights of 137 GB
     windows = Windows(np.zeros(4096 * 2048 + 1, np.uint8), 2048)
-    with pytest.raises(MemoryError, match=r"a step must fit into memory: got .* Try --batch-size 8"):
+    with pytest.raises(MemoryError, match=r"a step must fit into memory: got .* Try --micro-batch-size 8"):
         next(train.fit(new_state(config), windows, windows, config.train))
