@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from experiments.process import TakenOverError, is_gone, own_name
-from experiments.steady import keep_trying
+from experiments.steady import STUDY, keep_trying, refusal
 from experiments.study import OWNER, REASON, RUN_ID, SHIFTS, Plans, best_value
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Claims:
 
     def steady(self, call: Callable[[], T]) -> T:
         """Call, and again while the storage is away."""
-        return keep_trying(call, is_passing, "the study's storage")
+        return keep_trying(call, is_passing, STUDY)
 
     def take(self, total: int, seed: int, draw: Callable[[Trial], Mapping[str, Any]]) -> Claim | None:
         """The next trial to work on: one that waits, or a new one while the study has fewer than `total`.
@@ -280,7 +280,12 @@ class Claim:
 
 
 def is_passing(e: Exception) -> bool:
-    """Whether a storage's error is one that time may mend: a lost connection, a locked database; not a full disk."""
+    """Whether a storage's error is one that time may mend: a lost connection, a locked database; not a full disk.
+
+    A refused login comes as a lost connection does, and does not pass.
+    """
+    if refusal(e, STUDY):
+        return False
     passing = any(isinstance(x, OperationalError | InterfaceError | Timeout) for x in (e, e.__cause__))
     said = f"{e} {e.__cause__}"
     return passing and not any(words in said for words in _LASTING)

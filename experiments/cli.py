@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -106,6 +107,16 @@ def given(namespace: argparse.Namespace) -> dict[str, Any]:
 def config_of(namespace: argparse.Namespace, **changed_defaults: Any) -> Config:
     """The config: the program's defaults, then the preset, then the flags that were given."""
     return Config.from_flat({**changed_defaults, **PRESETS[namespace.preset or "reference"], **given(namespace)})
+
+
+def require_free(port: int, host: str = "127.0.0.1") -> None:
+    """Raise UserError where something listens on the port already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as e:
+            raise UserError(f"the port must be free: got {port} ({e}). Try --port 5050.") from e
 
 
 def is_terminal() -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.settings import masked
+from experiments.steady import POSTGRES, STUDY, refusal
 from lm.errors import UserError
 
 RUN_ID = "mlflow_run_id"
@@ -39,6 +41,8 @@ def open_storage(uri: str, heartbeat_seconds: int = 10) -> optuna.storages.RDBSt
     options: dict[str, Any] = {"pool_pre_ping": True}
     if kind == "sqlite":
         options["connect_args"] = {"timeout": 60}
+    else:
+        options["connect_args"] = POSTGRES
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
@@ -51,7 +55,9 @@ def open_storage(uri: str, heartbeat_seconds: int = 10) -> optuna.storages.RDBSt
     except ModuleNotFoundError as e:
         raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
     except Exception as e:  # SQLAlchemy's and the drivers' errors have no common base
-        first = str(e).splitlines()[0][:200]
+        if refused := refusal(e, STUDY):
+            raise refused from e
+        first = masked(str(e).splitlines()[0][:200])
         raise UserError(
             f"Optuna's storage must be reachable and writable: got {first}. Try another OPTUNA_STORAGE."
         ) from e

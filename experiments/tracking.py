@@ -32,10 +32,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.time import get_current_time_millis
 
-from experiments.locks import local_path, store_lock
+from experiments.locks import connect, local_path, store_lock
 from experiments.process import TakenOverError, is_gone, own_name
-from experiments.settings import ROOT, Settings
-from experiments.steady import keep_trying, steadied
+from experiments.settings import ROOT, Settings, masked
+from experiments.steady import RUNS, keep_trying, refusal, steadied
 from lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,12 @@ class Tracker:
         """
         quiet()
         self.settings = settings
+        if settings.username and settings.password:  # MLflow reads them from there alone
+            os.environ["MLFLOW_TRACKING_USERNAME"] = settings.username
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = settings.password
         with store_lock(settings):
+            if settings.tracking_uri.startswith("postgresql"):  # MLflow tries a wrong password for minutes
+                connect(settings.tracking_uri, "MLFLOW_TRACKING_URI").close()
             try:
                 mlflow.set_tracking_uri(settings.tracking_uri)
                 mlflow.set_registry_uri(settings.tracking_uri)
@@ -101,10 +106,9 @@ class Tracker:
             except UserError:
                 raise
             except Exception as e:  # MLflow's, SQLAlchemy's and the drivers' errors have no common base
-                password = re.search(r"//[^/@]*:([^/@]+)@", settings.tracking_uri)
-                got = f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}"
-                if password:
-                    got = got.replace(password.group(1), "***")
+                if refused := refusal(e, RUNS):
+                    raise refused from e
+                got = masked(f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}")
                 raise UserError(
                     f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
@@ -112,7 +116,7 @@ class Tracker:
         if self.client.get_experiment(self.experiment_id).tags.get(_VIEW_TAG) != view:
             self.client.set_experiment_tag(self.experiment_id, _VIEW_TAG, view)
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
-        self.client = steadied(self._plain, is_passing, "the MLflow store")
+        self.client = steadied(self._plain, is_passing, RUNS)
         self._close_dead_runs()
 
     def _close_dead_runs(self) -> None:
@@ -131,7 +135,13 @@ class Tracker:
                 )
             return found.experiment_id
         remote = self.settings.tracking_uri.startswith("http")
-        return self.client.create_experiment(name, None if remote else self.settings.artifact_root)
+        try:
+            return self.client.create_experiment(name, None if remote else self.settings.artifact_root)
+        except MlflowException as e:
+            made = self.client.get_experiment_by_name(name)
+            if e.error_code != "RESOURCE_ALREADY_EXISTS" or made is None:
+                raise
+            return made.experiment_id  # by another host, whose studies have another lock
 
     @contextmanager
     def run(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Generator[TrackedRun]:
@@ -177,7 +187,7 @@ class Tracker:
             return self._plain.create_run(self.experiment_id, tags={**tags, "lm.key": key}, run_name=name).info.run_id
 
         tried = False
-        return keep_trying(create, is_passing, "the MLflow store")
+        return keep_trying(create, is_passing, RUNS)
 
     def run_of_trial(self, study: str, trial: int) -> str | None:
         """The id of a trial's run, also where its process died before the study knew it; None if there is none."""
@@ -385,7 +395,7 @@ class TrackedRun:
 
     def steady(self, call: Callable[[], T]) -> T:
         """Call, and again while the store is away; for calls of several steps that may be begun again."""
-        return keep_trying(call, is_passing, "the MLflow store")
+        return keep_trying(call, is_passing, RUNS)
 
     def require_owner(self) -> None:
         """Raise TakenOverError if another process works on the run by now: this one was suspended, and given up."""
@@ -501,6 +511,8 @@ def _delete(uri: str) -> None:
 
 def is_passing(e: Exception) -> bool:
     """Whether an error of the MLflow store is one that time may mend: away, busy, restarting; not a full disk."""
+    if refusal(e, RUNS):
+        return False
     if isinstance(e, requests.exceptions.HTTPError):
         return e.response is not None and e.response.status_code >= 500
     if isinstance(e, requests.exceptions.ConnectionError | requests.exceptions.Timeout):
