@@ -75,6 +75,7 @@ def quiet() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a trace for each call to a store away
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # calls are made again here, where it is known how
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
@@ -376,9 +377,11 @@ class TrackedRun:
         """Local folder of a checkpoint of this run, downloaded if it is not here, or `again`."""
         folder = self.checkpoints / name
         if local_path(self.mlflow_run.info.artifact_uri) is None and (again or not folder.exists()):
-            shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            self.client.download_artifacts(self.id, f"checkpoints/{name}", str(self.checkpoints.parent))
+            with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:  # half of one must not pass for a whole
+                came = self.client.download_artifacts(self.id, f"checkpoints/{name}", fresh)  # where is the store's choice
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(came).rename(folder)
         return folder
 
     def tags(self) -> dict[str, str]:
