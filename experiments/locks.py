@@ -89,7 +89,9 @@ def _advisory(uri: str, setting: str) -> Generator[None]:
     from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     with connect(uri, setting) as connection:
-        connection.execute(sqlalchemy.text("select set_config('lock_timeout', :wait, false)"), {"wait": f"{_WAIT:.0f}s"})
+        connection.execute(
+            sqlalchemy.text("select set_config('lock_timeout', :wait, false)"), {"wait": f"{_WAIT:.0f}s"}
+        )
         try:
             connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), {"key": _KEY})
         except OperationalError as e:

@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (default: that of LM_SERVER_ADDRESS)")
     parser.add_argument("--workers", type=int, default=2, help="server processes, of about 250 MB each (default: 2)")
     parser.add_argument("--add-user", metavar="NAME", help="let a colleague in, or give one another password")
-    parser.add_argument("--compose", action="store_true", help="print a compose.yaml of the same server, and do nothing")
+    parser.add_argument(
+        "--compose", action="store_true", help="print a compose.yaml of the same server, and do nothing"
+    )
     args = parser.parse(argv)
     if args.workers < 1:
         raise UserError(f"workers must be at least 1: got {args.workers}. Try --workers 2.")
@@ -95,7 +97,9 @@ def start(settings: Settings, server: ServerSettings, host: str, port: int, work
         **server.object_store,
     }
     print(f"server   {server.address}  ({host}:{port}, administrator {server.admin})")
-    print("others   MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, OPTUNA_STORAGE in their .env")
+    print(
+        "others   MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, OPTUNA_STORAGE in their .env"
+    )
     print("Ctrl-C stops the server.", flush=True)
     os.chdir(folder)
     os.execv(sys.executable, [sys.executable, "-m", *command(host, port, workers)])
@@ -162,7 +166,10 @@ def add_user(server: ServerSettings, name: str, port: int) -> str:
     try:
         answer, done = requests.post(f"{base}/create", json=user, auth=who, timeout=60), "was added"
         if "RESOURCE_ALREADY_EXISTS" in answer.text:
-            answer, done = requests.patch(f"{base}/update-password", json=user, auth=who, timeout=60), "has a new password"
+            answer, done = (
+                requests.patch(f"{base}/update-password", json=user, auth=who, timeout=60),
+                "has a new password",
+            )
     except requests.exceptions.RequestException as e:
         raise UserError(
             f"the server must be running: got {type(e).__name__} from port {port}. Try python experiments/server.py first."

@@ -379,7 +379,9 @@ class TrackedRun:
         if local_path(self.mlflow_run.info.artifact_uri) is None and (again or not folder.exists()):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:  # half of one must not pass for a whole
-                came = self.client.download_artifacts(self.id, f"checkpoints/{name}", fresh)  # where is the store's choice
+                came = self.client.download_artifacts(
+                    self.id, f"checkpoints/{name}", fresh
+                )  # where is the store's choice
                 shutil.rmtree(folder, ignore_errors=True)
                 Path(came).rename(folder)
         return folder
