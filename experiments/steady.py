@@ -106,7 +106,7 @@ def refusal(e: Exception, what: str) -> UserError | None:
         )
     return UserError(
         f"{what} must let this user do what is asked: got 403, permission denied. "
-        "Try another MLFLOW_TRACKING_USERNAME, or ask its administrator for the permission MANAGE."
+        "Try another MLFLOW_TRACKING_USERNAME, or ask for the permission MANAGE; what is not there is refused too."
     )
 
 

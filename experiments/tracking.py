@@ -168,6 +168,7 @@ class Tracker:
             self.close(run_id, "KILLED", "interrupted")
             raise
         except BaseException as e:
+            run.require_owner()  # what another process did to a run that it took over is no failure of the run
             self.close(run_id, "FAILED", f"{type(e).__name__}: {e}")
             raise
         self.close(run_id, "FINISHED", "")

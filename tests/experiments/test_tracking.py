@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from experiments.process import TakenOverError
 from experiments.settings import Settings
 from experiments.tracking import PrunedError, Tracker
 from lm.errors import DivergedError, UserError
@@ -135,6 +136,7 @@ def test_an_unreachable_store_is_one_line_without_the_password(lab: Path, monkey
 
 
 OPEN = """
+from experiments.process import TakenOverError
 from experiments.settings import Settings
 from experiments.locks import store_lock
 from experiments.tracking import Tracker
@@ -196,3 +198,34 @@ def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
 
     opened = study.latest_study(study.open_storage(Settings.load().optuna_storage), "one")
     assert len(opened.trials) == 1
+
+
+def test_an_error_in_a_run_that_was_taken_over_is_not_the_runs(tracker: Tracker) -> None:
+    with (
+        pytest.raises(TakenOverError, match="run test was taken over by elsewhere:1:1"),
+        tracker.run("test", {}) as run,
+    ):
+        tracker.client.set_tag(run.id, "lm.process", "elsewhere:1:1")
+        raise RuntimeError("the other process has removed what this one was writing")
+    assert tracker.client.get_run(run.id).info.status == "RUNNING"
+
+
+def test_an_experiment_that_another_host_has_just_made_is_taken(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "both")
+    here = Tracker(Settings.load())
+    looked: list[str] = []
+
+    class Late:
+        """A client whose first look came before the other host's experiment."""
+
+        def get_experiment_by_name(self, name: str) -> object:
+            looked.append(name)
+            return None if len(looked) == 1 else here._plain.get_experiment_by_name(name)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(here._plain, name)
+
+    there = Tracker(Settings.load())
+    monkeypatch.setattr(there, "client", Late())
+    assert there._experiment() == here.experiment_id
+    assert len(looked) == 2
