@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from experiments.settings import ServerSettings, Settings
 
 _PERMISSION = "MANAGE"
-"""What each user may do with what others made. A study needs all of it: its losers' weights are removed by whichever host
-finds them, and `champion` moves; with READ, MLflow's default, nobody can log to an experiment that somebody else made."""
+"""What each user may do with what others made. A study needs all of it: its losers' weights are removed by whichever
+host finds them, and `champion` moves; with READ, MLflow's default, nobody can log to another's experiment."""
 _USERS_CACHED_SECONDS = 60
 """A login is checked by scrypt, slow by purpose, and each call logs in; a changed password holds after so long."""
 _PACKAGES = {"flask_wtf": "Flask-WTF", "psycopg": "psycopg", "boto3": "boto3"}
@@ -72,11 +72,7 @@ def start(settings: Settings, server: ServerSettings, host: str, port: int, work
     """
     from experiments.locks import connect
 
-    needed = ["flask_wtf", "psycopg", *(["boto3"] if server.artifacts.startswith("s3:") else [])]
-    if missing := [_PACKAGES[name] for name in needed if find_spec(name) is None]:
-        raise UserError(
-            f"the server needs its packages: got no {', '.join(missing)}. Try pip install 'small-lm-lab[server]'."
-        )
+    _require_packages()
     cli.require_free(port, host)
     connect(server.database, "MLFLOW_BACKEND_STORE_URI").close()
     folder = settings.mlruns / "server"
@@ -86,8 +82,8 @@ def start(settings: Settings, server: ServerSettings, host: str, port: int, work
         if file == key and file.exists():
             continue  # the same for all workers and starts
         file.unlink(missing_ok=True)
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as f:
-            f.write(content)
+        file.touch(0o600, exist_ok=False)
+        file.write_text(content, encoding="utf-8")
     os.environ.update(environment(server))
     os.environ |= {
         "MLFLOW_BACKEND_STORE_URI": server.database,
@@ -103,6 +99,13 @@ def start(settings: Settings, server: ServerSettings, host: str, port: int, work
     print("Ctrl-C stops the server.", flush=True)
     os.chdir(folder)
     os.execv(sys.executable, [sys.executable, "-m", *command(host, port, workers)])
+
+
+def _require_packages() -> None:
+    if missing := [name for module, name in _PACKAGES.items() if find_spec(module) is None]:
+        raise UserError(
+            f"the server needs its packages: got no {', '.join(missing)}. Try pip install 'small-lm-lab[server]'."
+        )
 
 
 def command(host: str, port: int, workers: int) -> list[str]:
@@ -172,7 +175,8 @@ def add_user(server: ServerSettings, name: str, port: int) -> str:
             )
     except requests.exceptions.RequestException as e:
         raise UserError(
-            f"the server must be running: got {type(e).__name__} from port {port}. Try python experiments/server.py first."
+            f"the server must be running: got {type(e).__name__} from port {port}. "
+            "Try python experiments/server.py first."
         ) from e
     if answer.status_code == 401:
         raise UserError(
@@ -190,6 +194,7 @@ def compose(server: ServerSettings, port: int, workers: int) -> str:
     """A compose.yaml of PostgreSQL and this server, with secrets by ${VARIABLE}."""
     import yaml
 
+    _require_packages()  # the versions here are those of the image
     packages = ["mlflow", *_PACKAGES.values()]
     pinned = [f"{p}{'[binary]' if p == 'psycopg' else ''}=={version(p)}" for p in packages]
     database = "postgresql://lm:${LM_POSTGRES_PASSWORD:?}@postgres/mlflow"
@@ -234,10 +239,11 @@ def compose(server: ServerSettings, port: int, workers: int) -> str:
         },
         "volumes": {"postgres": {}, **({"artifacts": {}} if local else {})},
     }
+    name = urlsplit(server.address).hostname
     head = (
-        "# Made by experiments/server.py --compose; not run where it was written. Needs Docker Compose 2.23.1 or later.\n"
+        "# Made by experiments/server.py --compose; not run where it was written. Needs Docker Compose 2.23.1.\n"
         "# Secrets come from the environment or a .env beside it; LM_POSTGRES_PASSWORD of letters and digits alone.\n"
-        f"# OPTUNA_STORAGE of each worker: postgresql://lm:LM_POSTGRES_PASSWORD@{urlsplit(server.address).hostname}/optuna\n"
+        f"# OPTUNA_STORAGE of each worker: postgresql://lm:LM_POSTGRES_PASSWORD@{name}/optuna\n"
     )
     return head + yaml.safe_dump(made, sort_keys=False, width=120)
 

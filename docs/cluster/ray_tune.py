@@ -4,8 +4,8 @@
     python docs/cluster/ray_tune.py --trials 20 --at-once 2 --preset tiny --corpus sample
 
 Needs no Optuna storage; MLFLOW_TRACKING_URI and the login as everywhere, on every node. It is Ray's study, not this
-laboratory's: no trial goes on where another process died, and `report.py` and `tune.py --status` do not know it. For those,
-run `tune.py` itself once a node (README.md beside this file).
+laboratory's: no trial goes on where another process died, and `report.py` and `tune.py --status` do not know it. For
+those, run `tune.py` itself once a node (README.md beside this file).
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ def server_env(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("MLFLOW_AUTH_ADMIN_PASSWORD", "", "MLFLOW_AUTH_ADMIN_PASSWORD must be at least 12 characters: got none. Try "),
-        ("MLFLOW_AUTH_ADMIN_PASSWORD", "tooshort", "MLFLOW_AUTH_ADMIN_PASSWORD must be at least 12 .* got one of 8. Try "),
-        ("MLFLOW_BACKEND_STORE_URI", "sqlite:///x.db", "MLFLOW_BACKEND_STORE_URI must be a PostgreSQL .* got sqlite. Try "),
+        ("MLFLOW_AUTH_ADMIN_PASSWORD", "", "MLFLOW_AUTH_ADMIN_PASSWORD must be at least 12 .*: got none. Try "),
+        ("MLFLOW_AUTH_ADMIN_PASSWORD", "tooshort", "must be at least 12 characters: got one of 8. Try "),
+        ("MLFLOW_BACKEND_STORE_URI", "sqlite:///x.db", "must be a PostgreSQL database, .* got sqlite. Try "),
         ("MLFLOW_BACKEND_STORE_URI", "", "MLFLOW_BACKEND_STORE_URI must be a PostgreSQL .* got none. Try "),
-        ("MLFLOW_BACKEND_STORE_URI", "postgresql://a:pass@word@h/x", "a URI whose password is percent-encoded: got .* Try %40"),
+        ("MLFLOW_BACKEND_STORE_URI", "postgresql://a:pass@word@h/x", "whose password is percent-encoded: .* Try %40"),
         ("OPTUNA_STORAGE", "postgresql://a:pass/word@h/x", "OPTUNA_STORAGE must be a URI whose password is .* Try %40"),
-        ("OPTUNA_STORAGE", "postgresql://u:p@h:5432/mlflow", "must be two databases, .*: got mlflow twice. Try createdb"),
+        ("OPTUNA_STORAGE", "postgresql://u:p@h:5432/mlflow", "must be two databases, .*: got mlflow twice. Try "),
         ("LM_SERVER_ADDRESS", "lab:5000", "LM_SERVER_ADDRESS must be what colleagues type, .*: got lab:5000. Try http://"),
         ("MLFLOW_TRACKING_USERNAME", "anna", "must be set together: got the USERNAME alone. Try setting both"),
     ],

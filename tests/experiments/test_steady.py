@@ -75,7 +75,7 @@ def test_which_errors_of_the_stores_pass() -> None:
 REFUSALS = [
     (
         OperationalError("", None, Exception('FATAL:  password authentication failed for user "lm"')),
-        'must let this user in: got password authentication failed for user "lm". Try another user, password or database',
+        'must let this user in: got password authentication failed for user "lm". Try another user, password',
     ),
     (
         OperationalError("", None, Exception("fe_sendauth: no password supplied")),
@@ -121,7 +121,9 @@ def test_a_store_that_refuses_is_not_waited_for(
 
     def call() -> None:
         calls.append(1)
-        raise RuntimeError("wrapped") from error if what == steady.STUDY else error
+        if what == steady.STUDY:
+            raise RuntimeError("as Optuna wraps it") from error
+        raise error
 
     assert not is_passing(error)
     with pytest.raises(UserError) as told:

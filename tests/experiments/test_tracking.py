@@ -201,13 +201,16 @@ def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
 
 
 def test_an_error_in_a_run_that_was_taken_over_is_not_the_runs(tracker: Tracker) -> None:
-    with (
-        pytest.raises(TakenOverError, match="run test was taken over by elsewhere:1:1"),
-        tracker.run("test", {}) as run,
-    ):
-        tracker.client.set_tag(run.id, "lm.process", "elsewhere:1:1")
-        raise RuntimeError("the other process has removed what this one was writing")
-    assert tracker.client.get_run(run.id).info.status == "RUNNING"
+    run_id, told = "", ""
+    try:
+        with tracker.run("test", {}) as run:
+            run_id = run.id
+            tracker.client.set_tag(run_id, "lm.process", "elsewhere:1:1")
+            raise RuntimeError("the other process has removed what this one was writing")
+    except TakenOverError as e:
+        told = str(e)
+    assert told == "run test was taken over by elsewhere:1:1"
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
 
 
 def test_an_experiment_that_another_host_has_just_made_is_taken(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
