@@ -123,11 +123,12 @@ class Claims:
             now = time.monotonic()
             self._suspects = {trial_id: self._suspects.get(trial_id, now) for trial_id in stale}
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                owner, trial_id = trial.user_attrs[OWNER], self._id(trial.number)
+                owner, trial_id = trial.user_attrs.get(OWNER, ""), self._id(trial.number)
                 silent = now - self._suspects.get(trial_id, now) > 2 * (self.storage.heartbeat_interval or 0)
-                if owner == own_name() or not (is_gone(owner) or silent):
+                gone = not owner or is_gone(owner)  # an owner signs first: without one it is of an older program
+                if owner == own_name() or not (gone or silent):
                     continue
-                reason = "its worker died" if is_gone(owner) else "its worker was not heard from"
+                reason = "its worker died" if gone else "its worker was not heard from"
                 freed.append(self._free(trial, trial_id, reason))
         return freed
 
@@ -146,7 +147,7 @@ class Claims:
             self.storage.set_trial_user_attr(trial_id, REASON, reason)
         self.storage.set_trial_user_attr(trial_id, SHIFTS, shifts)
         self.storage.set_trial_state_values(trial_id, TrialState.FAIL if failed else TrialState.WAITING)
-        return Freed(trial.number, trial.user_attrs.get(RUN_ID), trial.user_attrs[OWNER], reason, failed)
+        return Freed(trial.number, trial.user_attrs.get(RUN_ID), trial.user_attrs.get(OWNER, ""), reason, failed)
 
     def trials(self) -> list[FrozenTrial]:
         """All trials as they stand now."""

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 _KEY = 0x6C6D5F6C6162  # any number that all processes share
-_WAIT = 120.0
 
 
 @contextmanager
-def store_lock(settings: Settings) -> Generator[None]:
+def store_lock(settings: Settings, patience: float = 120.0) -> Generator[None]:
     """One process at a time, of all that work on these stores: for schemas, experiments and claims of trials.
+
+    It is waited for up to `patience` seconds.
 
     Raises:
         UserError: the folder of the store cannot be written, its database not be reached, or the lock is not given.
@@ -42,18 +43,18 @@ def store_lock(settings: Settings) -> Generator[None]:
         raise UserError(
             f"the store must be writable: got {e.strerror} for {folder}. Try LM_MLRUNS_DIR=/another/folder."
         ) from e
-    lock = FileLock(settings.mlruns / ".lock", timeout=_WAIT)
+    lock = FileLock(settings.mlruns / ".lock", timeout=patience)
     try:
         lock.acquire()
     except Timeout as e:
         raise UserError(
-            f"the store must be free: got a lock held for {_WAIT:.0f} s. Try to end the process that hangs."
+            f"the store must be free: got a lock held for {patience:.0f} s. Try to end the process that hangs."
         ) from e
     try:
         places = {"OPTUNA_STORAGE": settings.optuna_storage, "MLFLOW_TRACKING_URI": settings.tracking_uri}
         shared = [(uri, setting) for setting, uri in places.items() if uri.startswith("postgresql")]
         if shared:
-            with _advisory(*shared[0]):
+            with _advisory(*shared[0], patience):
                 yield
         else:
             yield
@@ -84,13 +85,13 @@ def connect(uri: str, setting: str) -> Connection:
 
 
 @contextmanager
-def _advisory(uri: str, setting: str) -> Generator[None]:
+def _advisory(uri: str, setting: str, patience: float) -> Generator[None]:
     import sqlalchemy
     from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     with connect(uri, setting) as connection:
         connection.execute(
-            sqlalchemy.text("select set_config('lock_timeout', :wait, false)"), {"wait": f"{_WAIT:.0f}s"}
+            sqlalchemy.text("select set_config('lock_timeout', :wait, false)"), {"wait": f"{patience:.0f}s"}
         )
         try:
             connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), {"key": _KEY})
@@ -98,7 +99,7 @@ def _advisory(uri: str, setting: str) -> Generator[None]:
             if "lock timeout" not in str(e):
                 raise
             raise UserError(
-                f"the store must be free: got a lock held for {_WAIT:.0f} s by another host. "
+                f"the store must be free: got a lock held for {patience:.0f} s by another host. "
                 "Try to end the process that hangs."
             ) from e
         try:

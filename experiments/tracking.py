@@ -213,7 +213,7 @@ class Tracker:
     def close_if_left(self, run_id: str, owner: str, status: str, reason: str) -> None:
         """Close a run that a process left open when it died, unless another has taken it over."""
         run = self.client.get_run(run_id)
-        if run.info.status == "RUNNING" and run.data.tags.get(_OWNER) == owner:
+        if run.info.status == "RUNNING" and run.data.tags.get(_OWNER, "") == owner:
             self.close(run_id, status, reason)
 
     def close(self, run_id: str, status: str, reason: str) -> None:

@@ -19,9 +19,11 @@ import sqlalchemy
 import torch
 
 from experiments import study as studies
-from experiments import train
+from experiments import train, tune
+from experiments.locks import store_lock
 from experiments.settings import Settings
 from experiments.tracking import Tracker
+from lm.errors import UserError
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -341,3 +343,22 @@ def test_a_study_goes_on_when_a_full_disk_has_room_again(
         check_figures(the_study(), the_study().trials[0], own)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.postgres
+def test_postgresql_gives_its_lock_to_one_host_and_the_other_gives_up(
+    postgres: Postgres, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", postgres.uri("optuna"))
+    with pytest.raises(UserError, match="a report needs a study: got an empty storage"):
+        tune.main(["--status"])
+    engine = sqlalchemy.create_engine(postgres.uri("optuna"), poolclass=sqlalchemy.NullPool)
+    assert sqlalchemy.inspect(engine).get_table_names() == []
+    here = Settings.load()
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(tmp_path / "there"))
+    there = Settings.load()
+    held = "the store must be free: got a lock held for 1 s by another host. Try to end"
+    with store_lock(here), pytest.raises(UserError, match=held), store_lock(there, patience=1):
+        pass
+    with store_lock(there, patience=1):
+        pass
