@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lm.config import PRESETS, SECTIONS, Config
-from lm.errors import DivergedError, UserError
+from lm.errors import DivergedError, UserError, masked
 
 _MENDABLE = {
     errno.ENOSPC: "the disk must have room",
@@ -147,7 +147,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as e:
-        print(f"{name}: {e}", file=sys.stderr)
+        print(f"{name}: {masked(str(e))}", file=sys.stderr)
         sys.exit(2)
     except (DivergedError, MemoryError) as e:
         print(f"{name}: {e}", file=sys.stderr)

@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
-from experiments.settings import Settings, masked
+from experiments.settings import Settings
 from experiments.steady import POSTGRES, SETTINGS, refusal
-from lm.errors import UserError
+from lm.errors import UserError, masked
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

@@ -38,8 +38,12 @@ _PACKAGES = {"flask_wtf": "Flask-WTF", "psycopg": "psycopg", "boto3": "boto3"}
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse flags; add a user, print a compose file, or become the MLflow server."""
     parser = cli.Parser(__doc__ or "")
-    parser.add_argument("--host", help="interface to listen on (default: as LM_SERVER_ADDRESS asks)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: that of LM_SERVER_ADDRESS)")
+    parser.add_argument(
+        "--host", help="interface to listen on (default: all, if LM_SERVER_ADDRESS is another host's http)"
+    )
+    parser.add_argument(
+        "--port", type=int, help="port to listen on (default: that of an http LM_SERVER_ADDRESS, or 5000)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="server processes, of about 250 MB each (default: 2)")
     parser.add_argument("--add-user", metavar="NAME", help="let a colleague in, or give one another password")
     parser.add_argument(
@@ -54,12 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = Settings.load()
     server = ServerSettings.load(settings)
     parts = urlsplit(server.address)
-    host = args.host or ("127.0.0.1" if parts.hostname in ("127.0.0.1", "localhost") else "0.0.0.0")
-    port = args.port or parts.port or 5000
+    behind_proxy = parts.scheme == "https"  # which alone listens to others, and has a port of its own
+    alone = behind_proxy or parts.hostname in ("127.0.0.1", "localhost")
+    host = args.host or ("127.0.0.1" if alone else "0.0.0.0")
+    port = args.port or (None if behind_proxy else parts.port) or 5000
     if args.compose:
         print(compose(server, port, args.workers), end="")
     elif args.add_user is not None:
-        print(add_user(server, args.add_user, port))
+        print(add_user(server, args.add_user, "127.0.0.1" if host == "0.0.0.0" else host, port))
     else:
         start(settings, server, host, port, args.workers)
 
@@ -147,7 +153,7 @@ def auth_config(database: str, admin: str) -> str:
     return text.getvalue()
 
 
-def add_user(server: ServerSettings, name: str, port: int) -> str:
+def add_user(server: ServerSettings, name: str, host: str, port: int) -> str:
     """Ask the running server to let a colleague in; of a user who is there already, set the password.
 
     Returns:
@@ -164,7 +170,7 @@ def add_user(server: ServerSettings, name: str, port: int) -> str:
     if password is None and sys.stdin.isatty():
         password = getpass.getpass(f"password for {name}: ")
     check_password("LM_NEW_USER_PASSWORD", password)
-    base, who = f"http://127.0.0.1:{port}/api/2.0/mlflow/users", (server.admin, server.admin_password)
+    base, who = f"http://{host}:{port}/api/2.0/mlflow/users", (server.admin, server.admin_password)
     user = {"username": name, "password": password}
     try:
         answer, done = requests.post(f"{base}/create", json=user, auth=who, timeout=60), "was added"
@@ -175,7 +181,7 @@ def add_user(server: ServerSettings, name: str, port: int) -> str:
             )
     except requests.exceptions.RequestException as e:
         raise UserError(
-            f"the server must be running: got {type(e).__name__} from port {port}. "
+            f"the server must be running: got {type(e).__name__} from {host}:{port}. "
             "Try python experiments/server.py first."
         ) from e
     if answer.status_code == 401:

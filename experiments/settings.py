@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
-from lm.errors import UserError
+from lm.errors import UserError, masked
 
 _SOURCE = Path(__file__).resolve().parents[1]
 ROOT = _SOURCE if (_SOURCE / "pyproject.toml").is_file() else Path.cwd()
@@ -145,11 +145,6 @@ def check_password(name: str, password: str | None) -> None:
             f"{name} must be at least {SHORTEST_PASSWORD} characters: got {got}. "
             'Try python -c "import secrets; print(secrets.token_urlsafe(18))".'
         )
-
-
-def masked(text: str) -> str:
-    """The text with stars in place of the password of each URI in it."""
-    return re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)
 
 
 def _reader(env_file: Path | None) -> Callable[[str], str | None]:

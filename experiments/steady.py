@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from lm.errors import UserError
+from lm.errors import UserError, masked
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ def refusal(e: Exception, what: str) -> UserError | None:
 
 def _short(message: str) -> str:
     """The first line; of a long one its ends, since the cause stands last."""
-    first = (message.splitlines() or [""])[0]
+    first = masked((message.splitlines() or [""])[0])
     return first if len(first) <= 200 else f"{first[:80]} ... {first[-110:]}"
 
 

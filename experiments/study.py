@@ -12,9 +12,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.settings import masked
 from experiments.steady import POSTGRES, STUDY, refusal
-from lm.errors import UserError
+from lm.errors import UserError, masked
 
 RUN_ID = "mlflow_run_id"
 OWNER = "owner"

@@ -34,9 +34,9 @@ from mlflow.utils.time import get_current_time_millis
 
 from experiments.locks import connect, local_path, store_lock
 from experiments.process import TakenOverError, is_gone, own_name
-from experiments.settings import ROOT, Settings, masked
+from experiments.settings import ROOT, Settings
 from experiments.steady import RUNS, keep_trying, refusal, steadied
-from lm.errors import UserError
+from lm.errors import UserError, masked
 
 if TYPE_CHECKING:
     from lm.corpus import Corpus

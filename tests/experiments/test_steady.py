@@ -136,3 +136,12 @@ def test_a_store_that_refuses_is_not_waited_for(
 def test_a_server_that_starts_up_is_waited_for() -> None:
     assert claims.is_passing(OperationalError("", None, Exception("FATAL:  the database system is starting up")))
     assert tracking.is_passing(MlflowException("API request to endpoint /api failed with error code 503 != 200"))
+
+
+def test_a_password_in_an_address_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def call() -> None:
+        raise ConnectionError("API request to http://anna:secret@h:5000/api failed")
+
+    with pytest.raises(UserError, match=r"http://anna:\*\*\*@h:5000/api failed for 30 min") as told:
+        keep_trying(call, passes, steady.RUNS)
+    assert "secret" not in str(told.value) + capsys.readouterr().err
