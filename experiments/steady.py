@@ -22,7 +22,12 @@ STUDY, RUNS = "the study's storage", "the MLflow store"
 """The two stores, as messages name them."""
 SETTINGS = {STUDY: "OPTUNA_STORAGE", RUNS: "MLFLOW_TRACKING_URI"}
 """Which setting says where a store is."""
-_NOTICE = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}
+_NOTICE = {
+    "tcp_keepalives_idle": 10,
+    "tcp_keepalives_interval": 5,
+    "tcp_keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds, for what is on its way: no keepalive is sent meanwhile
+}
 POSTGRES: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,

@@ -26,6 +26,7 @@ from mlflow.cli import cli as mlflow_program
 
 from experiments import server as program
 from experiments import study as studies
+from experiments.locks import store_lock
 from experiments.settings import ServerSettings, Settings
 from experiments.tracking import Tracker
 from lm.errors import UserError
@@ -231,15 +232,16 @@ class Network:
         self.bridge = f"lm{os.getpid() % 10**6}"
         self.prefix = f"10.213.{os.getpid() % 256}"
         probe = "unshare --net --uts --pid --fork --mount-proc mount -t tmpfs none /mnt"
-        self.real = all(
+        commands = (
+            "unshare --net --uts --pid --fork --mount-proc mount -t tmpfs none /mnt",
+            f"ip link add {self.bridge} type bridge",
+            f"ip addr add {self.prefix}.1/24 dev {self.bridge}",
+            f"ip link set {self.bridge} up",
+        )
+        self.real = bool(shutil.which("ip") and shutil.which("unshare")) and all(
             subprocess.run(shlex.split(command), capture_output=True, check=False).returncode == 0
-            for command in (
-                probe,
-                f"ip link add {self.bridge} type bridge",
-                f"ip addr add {self.prefix}.1/24 dev {self.bridge}",
-                f"ip link set {self.bridge} up",
-            )
-        ) and bool(shutil.which("ip"))
+            for command in commands
+        )
         self.gateway = f"{self.prefix}.1" if self.real else "127.0.0.1"
 
     def inside(self, name: str) -> str:
@@ -499,3 +501,31 @@ def test_a_password_that_is_changed_ends_a_worker_at_once(
     assert last.startswith(want[store])
     assert "Traceback" not in host.said()
     assert " is away (" not in host.said()
+
+
+HOLD = (
+    "import time; from experiments.locks import store_lock; from experiments.settings import Settings\n"
+    "with store_lock(Settings.load()):\n    print('held', flush=True); time.sleep(600)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.timeout(300)
+def test_the_lock_of_a_host_that_is_cut_off_is_given_on_within_a_minute(
+    shared: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shared.net.real:
+        pytest.skip("needs network namespaces: a stopped process still answers for its connections")
+    host = Host(tmp_path, "laptop-a", shared.net, shared.fill(LAPTOP_ENV))
+    shared.enter(monkeypatch, "anna", SECRETS["ANNAS-PASSWORD"])
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(tmp_path / "observer"))
+    try:
+        host.start(["-c", HOLD])
+        wait_for(lambda: "held" in host.said(), 60)
+        host.cut()
+        began = time.monotonic()
+        with store_lock(Settings.load(), patience=60):
+            assert 1 < time.monotonic() - began < 60
+    finally:
+        host.kill()
