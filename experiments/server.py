@@ -202,22 +202,23 @@ def compose(server: ServerSettings, port: int, workers: int) -> str:
 
     _require_packages()  # the versions here are those of the image
     packages = ["mlflow", *_PACKAGES.values()]
-    pinned = [f"{p}{'[binary]' if p == 'psycopg' else ''}=={version(p)}" for p in packages]
-    database = "postgresql://lm:${LM_POSTGRES_PASSWORD:?}@postgres/mlflow"
+    pinned = [f"'{p}{'[binary]' if p == 'psycopg' else ''}=={version(p)}'" for p in packages]
+    database = "postgresql://mlflow:${LM_MLFLOW_PASSWORD:?}@postgres/mlflow"
+    studies = "CREATE ROLE studies LOGIN PASSWORD '${LM_STUDIES_PASSWORD:?}';\nCREATE DATABASE optuna OWNER studies;\n"
     local = "://" not in server.artifacts
     made = {
         "services": {
             "postgres": {
                 "image": "postgres:17",
                 "environment": {
-                    "POSTGRES_USER": "lm",
-                    "POSTGRES_PASSWORD": "${LM_POSTGRES_PASSWORD:?}",
+                    "POSTGRES_USER": "mlflow",
+                    "POSTGRES_PASSWORD": "${LM_MLFLOW_PASSWORD:?}",
                     "POSTGRES_DB": "mlflow",
                 },
                 "configs": [{"source": "optuna.sql", "target": "/docker-entrypoint-initdb.d/optuna.sql"}],
                 "volumes": ["postgres:/var/lib/postgresql/data"],
                 "ports": ["5432:5432"],
-                "healthcheck": {"test": "pg_isready -U lm -d optuna", "interval": "5s", "retries": 12},
+                "healthcheck": {"test": "pg_isready -U studies -d optuna", "interval": "5s", "retries": 12},
                 "restart": "unless-stopped",
             },
             "mlflow": {
@@ -241,15 +242,15 @@ def compose(server: ServerSettings, port: int, workers: int) -> str:
         },
         "configs": {
             "auth.ini": {"content": auth_config(database, server.admin)},
-            "optuna.sql": {"content": "CREATE DATABASE optuna;\n"},
+            "optuna.sql": {"content": studies},
         },
         "volumes": {"postgres": {}, **({"artifacts": {}} if local else {})},
     }
     name = urlsplit(server.address).hostname
     head = (
         "# Made by experiments/server.py --compose; not run where it was written. Needs Docker Compose 2.23.1.\n"
-        "# Secrets come from the environment or a .env beside it; LM_POSTGRES_PASSWORD of letters and digits alone.\n"
-        f"# OPTUNA_STORAGE of each worker: postgresql://lm:LM_POSTGRES_PASSWORD@{name}/optuna\n"
+        "# Secrets come from the environment or a .env beside it; the two of PostgreSQL of letters and digits alone.\n"
+        f"# OPTUNA_STORAGE of each worker: postgresql://studies:LM_STUDIES_PASSWORD@{name}/optuna\n"
     )
     return head + yaml.safe_dump(made, sort_keys=False, width=120)
 

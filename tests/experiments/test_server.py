@@ -135,6 +135,7 @@ def test_the_compose_file_is_yaml_without_a_secret_that_mlflow_can_parse(
     service = made["services"]["mlflow"]
     assert service["environment"]["MLFLOW_ARTIFACTS_DESTINATION"] == "s3://bucket/lm"
     assert "lab.example.org:*" in service["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
+    assert "OWNER studies" in made["configs"]["optuna.sql"]["content"]
     assert service["environment"]["AWS_SECRET_ACCESS_KEY"] == "${AWS_SECRET_ACCESS_KEY:?}"
     _, name, *argv = service["command"]
     assert mlflow_program.commands[name].make_context(name, list(argv)).params["app_name"] == "basic-auth"
@@ -231,7 +232,6 @@ class Network:
         self.hidden, self.names = hidden, list[str]()
         self.bridge = f"lm{os.getpid() % 10**6}"
         self.prefix = f"10.213.{os.getpid() % 256}"
-        probe = "unshare --net --uts --pid --fork --mount-proc mount -t tmpfs none /mnt"
         commands = (
             "unshare --net --uts --pid --fork --mount-proc mount -t tmpfs none /mnt",
             f"ip link add {self.bridge} type bridge",
