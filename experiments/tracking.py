@@ -202,13 +202,26 @@ class Tracker:
         run_id = run.info.run_id
         if _WEIGHTS in run.data.tags or self.client.search_model_versions(f"run_id = '{run_id}'"):
             return
-        models = self.client.search_logged_models([self.experiment_id], filter_string=f"source_run_id = '{run_id}'")
-        for model in models:
-            _delete(model.artifact_location.removesuffix("/artifacts"))
-            self.client.delete_logged_model(model.model_id)
-        _delete(f"{run.info.artifact_uri}/checkpoints")
+        keep_trying(lambda: self._remove_weights(run), is_passing, RUNS)
         shutil.rmtree(self.open_run(run_id).checkpoints, ignore_errors=True)
         self.client.set_tag(run_id, _WEIGHTS, f"removed: {why}")
+
+    def _remove_weights(self, run: MlflowRun) -> None:
+        """The same, once, which another host may do at the same time, or this one have done without an answer."""
+        query = f"source_run_id = '{run.info.run_id}'"
+
+        def standing() -> dict[str, str]:
+            models = self._plain.search_logged_models([self.experiment_id], filter_string=query)
+            return {model.model_id: model.artifact_location for model in models}
+
+        for model_id, place in standing().items():
+            _delete(place.removesuffix("/artifacts"))
+            try:
+                self._plain.delete_logged_model(model_id)
+            except MlflowException:
+                if model_id in standing():
+                    raise
+        _delete(f"{run.info.artifact_uri}/checkpoints")
 
     def close_if_left(self, run_id: str, owner: str, status: str, reason: str) -> None:
         """Close a run that a process left open when it died, unless another has taken it over."""

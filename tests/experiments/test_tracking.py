@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from experiments.process import TakenOverError
 from experiments.settings import Settings
@@ -232,3 +233,33 @@ def test_an_experiment_that_another_host_has_just_made_is_taken(lab: Path, monke
     monkeypatch.setattr(there, "client", Late())
     assert there._experiment() == here.experiment_id
     assert len(looked) == 2
+
+
+def test_weights_that_another_host_is_removing_are_removed_once(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker.run("loser", {}) as run:
+        model = tracker.client.create_logged_model(tracker.experiment_id, name="model", source_run_id=run.id)
+    plain, lost = tracker._plain, [requests.exceptions.ConnectionError("the answer was lost")]
+
+    class Lossy:
+        """A client whose first deletion is done, twice over, without an answer."""
+
+        def delete_logged_model(self, model_id: str) -> None:
+            plain.delete_logged_model(model_id)
+            while lost:
+                raise lost.pop()
+            plain.delete_logged_model(model_id)  # what the other host's would meet
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(plain, name)
+
+    monkeypatch.setattr(tracker, "_plain", Lossy())
+    tracker.remove_weights(plain.get_run(run.id), "not among the best 3")
+    assert plain.search_logged_models([tracker.experiment_id]) == []
+    assert tracker.tags(run.id)["lm.weights"] == "removed: not among the best 3"
+    other = tracker.client.create_logged_model(tracker.experiment_id, name="model", source_run_id=run.id)
+    plain.delete_tag(run.id, "lm.weights")
+    tracker.remove_weights(plain.get_run(run.id), "not among the best 3")
+    assert plain.search_logged_models([tracker.experiment_id]) == []
+    assert other.model_id != model.model_id
