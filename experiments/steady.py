@@ -126,12 +126,17 @@ def steadied(client: T, is_passing: Callable[[Exception], bool], what: str) -> T
     return cast(T, _Steadied(client, is_passing, what))
 
 
+def single(client: T) -> T:
+    """The object below a steadied one, for calls that are to be tried again together with what was asked before."""
+    return cast(T, client.client) if isinstance(client, _Steadied) else client
+
+
 class _Steadied:
     def __init__(self, client: object, is_passing: Callable[[Exception], bool], what: str) -> None:
-        self._client, self._is_passing, self._what = client, is_passing, what
+        self.client, self._is_passing, self._what = client, is_passing, what
 
     def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._client, name)
+        attribute = getattr(self.client, name)
         if not callable(attribute):
             return attribute
         return lambda *args, **kwargs: keep_trying(  # pyright: ignore[reportUnknownLambdaType]

@@ -13,14 +13,16 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
@@ -31,11 +33,12 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.time import get_current_time_millis
+from urllib3.connection import HTTPConnection
 
 from experiments.locks import connect, local_path, store_lock
 from experiments.process import TakenOverError, is_gone, own_name
 from experiments.settings import ROOT, Settings
-from experiments.steady import RUNS, keep_trying, refusal, steadied
+from experiments.steady import RUNS, keep_trying, refusal, single, steadied
 from lm.errors import UserError, masked
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ LEAK = "lm.leak"
 _OWNER = "lm.process"
 _WEIGHTS = "lm.weights"
 _METRICS_A_BATCH = 900
+_PATIENT_BEATS = 3
+"""Fewer than the heartbeats after whose silence a host is given up."""
 ATTENTION_MEASURES = (
     "change", "entropy", "entropy_share", "distance", "self", "previous", "first", "agreement", "previous_token",
     "duplicate_token", "induction",
@@ -79,6 +84,19 @@ def quiet() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
+def _forget_what_is_late(seconds: float) -> None:
+    """Have the system drop a request that the server's host has not acknowledged for so long.
+
+    Else one that is under way when a host is cut off would arrive when it is back, after the host was given up.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is None:  # not on this system
+        return
+    options = cast(list[Any], HTTPConnection.default_socket_options)  # in place: the very list that is their default
+    options[:] = [o for o in options if o[:2] != (socket.IPPROTO_TCP, option)]
+    options.append((socket.IPPROTO_TCP, option, int(1000 * seconds)))
+
+
 class Tracker:
     """One experiment of one store."""
 
@@ -91,6 +109,7 @@ class Tracker:
             UserError: the store cannot be reached or written.
         """
         quiet()
+        _forget_what_is_late(_PATIENT_BEATS * settings.heartbeat_seconds)
         self.settings = settings
         if settings.username and settings.password:  # MLflow reads them from there alone
             os.environ["MLFLOW_TRACKING_USERNAME"] = settings.username
@@ -437,16 +456,26 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log up to `_METRICS_A_BATCH` metrics at one step: all or none."""
+        self.client.log_batch(self.id, metrics=self._points(metrics, step))
+
+    def _points(self, metrics: Mapping[str, float], step: int) -> list[Metric]:
         now = get_current_time_millis()
-        self.client.log_batch(self.id, metrics=[Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()])
+        return [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
 
     def log_once(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics at a step, those aside that stand there already: of a process that died after it logged them."""
-        names = list(metrics)
+        """Log metrics at a step, those aside that stand there already: of a process that died after it logged them.
+
+        Each attempt looks again: in an outage another host may take the run over, and log the step.
+        """
+        names, client = list(metrics), single(self.client)
+
+        def log(points: Sequence[Metric]) -> None:
+            if all(point.step != step for point in client.get_metric_history(self.id, points[0].key)):
+                client.log_batch(self.id, metrics=points)
+
         for start in reversed(range(0, len(names), _METRICS_A_BATCH)):  # the first, which count, go last
-            batch = names[start : start + _METRICS_A_BATCH]
-            if step not in self.history(batch[0]):
-                self.log_metrics({name: metrics[name] for name in batch}, step)
+            points = self._points({name: metrics[name] for name in names[start : start + _METRICS_A_BATCH]}, step)
+            self.steady(partial(log, points))
 
     def history(self, name: str) -> dict[int, float]:
         """A metric's values by step."""

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,10 +7,12 @@ from typing import Any
 
 import pytest
 import requests
+from urllib3.connection import HTTPConnection
 
 from experiments.process import TakenOverError
 from experiments.settings import Settings
-from experiments.tracking import PrunedError, Tracker
+from experiments.steady import RUNS, steadied
+from experiments.tracking import PrunedError, Tracker, is_passing
 from lm.errors import DivergedError, UserError
 from lm.evaluate import Evaluation
 from lm.train import EpochReport
@@ -263,3 +266,36 @@ def test_weights_that_another_host_is_removing_are_removed_once(
     tracker.remove_weights(plain.get_run(run.id), "not among the best 3")
     assert plain.search_logged_models([tracker.experiment_id]) == []
     assert other.model_id != model.model_id
+
+
+def test_a_step_that_another_host_logged_in_an_outage_is_not_logged_again(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker.run("cut off", {}) as run:
+        plain, away = tracker._plain, [requests.exceptions.ConnectionError("the link is down")]
+
+        class CutOff:
+            """A client that is cut off between its look and its point, which the run's heir logs meanwhile."""
+
+            def log_batch(self, run_id: str, **what: Any) -> None:
+                while away:
+                    plain.log_metric(run_id, "validation_loss", 2.0, step=3)
+                    raise away.pop()
+                plain.log_batch(run_id, **what)
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(plain, name)
+
+        run.client = steadied(CutOff(), is_passing, RUNS)  # type: ignore[assignment]
+        run.log_once({"validation_loss": 2.0, "train_loss": 1.0}, step=3)
+        assert [p.step for p in plain.get_metric_history(run.id, "validation_loss")] == [3]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
+def test_a_request_is_dropped_before_its_host_is_given_up(tracker: Tracker) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = HTTPConnection("127.0.0.1", server.getsockname()[1])
+        connection.connect()
+        set_to = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        connection.close()
+    assert 0 < set_to < 6000 * tracker.settings.heartbeat_seconds
