@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from experiments.process import TakenOverError, is_gone, own_name
-from experiments.steady import keep_trying
+from experiments.steady import STUDY, keep_trying, refusal
 from experiments.study import OWNER, REASON, RUN_ID, SHIFTS, Plans, best_value
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Claims:
 
     def steady(self, call: Callable[[], T]) -> T:
         """Call, and again while the storage is away."""
-        return keep_trying(call, is_passing, "the study's storage")
+        return keep_trying(call, is_passing, STUDY)
 
     def take(self, total: int, seed: int, draw: Callable[[Trial], Mapping[str, Any]]) -> Claim | None:
         """The next trial to work on: one that waits, or a new one while the study has fewer than `total`.
@@ -123,11 +123,12 @@ class Claims:
             now = time.monotonic()
             self._suspects = {trial_id: self._suspects.get(trial_id, now) for trial_id in stale}
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                owner, trial_id = trial.user_attrs[OWNER], self._id(trial.number)
+                owner, trial_id = trial.user_attrs.get(OWNER, ""), self._id(trial.number)
                 silent = now - self._suspects.get(trial_id, now) > 2 * (self.storage.heartbeat_interval or 0)
-                if owner == own_name() or not (is_gone(owner) or silent):
+                gone = not owner or is_gone(owner)  # an owner signs first: without one it is of an older program
+                if owner == own_name() or not (gone or silent):
                     continue
-                reason = "its worker died" if is_gone(owner) else "its worker was not heard from"
+                reason = "its worker died" if gone else "its worker was not heard from"
                 freed.append(self._free(trial, trial_id, reason))
         return freed
 
@@ -146,7 +147,7 @@ class Claims:
             self.storage.set_trial_user_attr(trial_id, REASON, reason)
         self.storage.set_trial_user_attr(trial_id, SHIFTS, shifts)
         self.storage.set_trial_state_values(trial_id, TrialState.FAIL if failed else TrialState.WAITING)
-        return Freed(trial.number, trial.user_attrs.get(RUN_ID), trial.user_attrs[OWNER], reason, failed)
+        return Freed(trial.number, trial.user_attrs.get(RUN_ID), trial.user_attrs.get(OWNER, ""), reason, failed)
 
     def trials(self) -> list[FrozenTrial]:
         """All trials as they stand now."""
@@ -280,7 +281,12 @@ class Claim:
 
 
 def is_passing(e: Exception) -> bool:
-    """Whether a storage's error is one that time may mend: a lost connection, a locked database; not a full disk."""
+    """Whether a storage's error is one that time may mend: a lost connection, a locked database; not a full disk.
+
+    A refused login comes as a lost connection does, and does not pass.
+    """
+    if refusal(e, STUDY):
+        return False
     passing = any(isinstance(x, OperationalError | InterfaceError | Timeout) for x in (e, e.__cause__))
     said = f"{e} {e.__cause__}"
     return passing and not any(words in said for words in _LASTING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -12,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lm.config import PRESETS, SECTIONS, Config
-from lm.errors import DivergedError, LostRankError, UserError
+from lm.errors import DivergedError, LostRankError, UserError, masked
 
 _MENDABLE = {
     errno.ENOSPC: "the disk must have room",
@@ -108,6 +109,16 @@ def config_of(namespace: argparse.Namespace, **changed_defaults: Any) -> Config:
     return Config.from_flat({**changed_defaults, **PRESETS[namespace.preset or "reference"], **given(namespace)})
 
 
+def require_free(port: int, host: str = "127.0.0.1") -> None:
+    """Raise UserError where something listens on the port already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as e:
+            raise UserError(f"the port must be free: got {port} ({e}). Try --port 5050.") from e
+
+
 def is_terminal() -> bool:
     """Whether a person is watching: bars then, lines otherwise."""
     return sys.stderr.isatty()
@@ -136,7 +147,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as e:
-        print(f"{name}: {e}", file=sys.stderr)
+        print(f"{name}: {masked(str(e))}", file=sys.stderr)
         sys.exit(2)
     except (DivergedError, LostRankError, MemoryError) as e:
         print(f"{name}: {e}", file=sys.stderr)

@@ -6,20 +6,26 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
 from experiments.settings import Settings
-from lm.errors import UserError
+from experiments.steady import POSTGRES, SETTINGS, refusal
+from lm.errors import UserError, masked
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 _KEY = 0x6C6D5F6C6162  # any number that all processes share
-_WAIT = 120.0
 
 
 @contextmanager
-def store_lock(settings: Settings) -> Generator[None]:
+def store_lock(settings: Settings, patience: float = 120.0) -> Generator[None]:
     """One process at a time, of all that work on these stores: for schemas, experiments and claims of trials.
+
+    It is waited for up to `patience` seconds.
 
     Raises:
         UserError: the folder of the store cannot be written, its database not be reached, or the lock is not given.
@@ -37,17 +43,18 @@ def store_lock(settings: Settings) -> Generator[None]:
         raise UserError(
             f"the store must be writable: got {e.strerror} for {folder}. Try LM_MLRUNS_DIR=/another/folder."
         ) from e
-    lock = FileLock(settings.mlruns / ".lock", timeout=_WAIT)
+    lock = FileLock(settings.mlruns / ".lock", timeout=patience)
     try:
         lock.acquire()
     except Timeout as e:
         raise UserError(
-            f"the store must be free: got a lock held for {_WAIT:.0f} s. Try to end the process that hangs."
+            f"the store must be free: got a lock held for {patience:.0f} s. Try to end the process that hangs."
         ) from e
     try:
-        shared = [uri for uri in (settings.optuna_storage, settings.tracking_uri) if uri.startswith("postgresql")]
+        places = {"OPTUNA_STORAGE": settings.optuna_storage, "MLFLOW_TRACKING_URI": settings.tracking_uri}
+        shared = [(uri, setting) for setting, uri in places.items() if uri.startswith("postgresql")]
         if shared:
-            with _advisory(shared[0]):
+            with _advisory(*shared[0], patience):
                 yield
         else:
             yield
@@ -55,20 +62,46 @@ def store_lock(settings: Settings) -> Generator[None]:
         lock.release()
 
 
+def connect(uri: str, setting: str) -> Connection:
+    """A connection to PostgreSQL; `setting` is what the URI was read from.
+
+    Raises:
+        UserError: it cannot be reached, or refuses.
+    """
+    import sqlalchemy
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=POSTGRES)
+        return engine.connect()
+    except ModuleNotFoundError as e:
+        raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
+    except SQLAlchemyError as e:
+        what = next((name for name, place in SETTINGS.items() if place == setting), setting)
+        if refused := refusal(e, what):
+            raise refused from e
+        got = masked((str(getattr(e, "orig", None) or e).strip().splitlines() or [""])[0][:200])
+        raise UserError(f"the store must be reachable: got {got}. Try another {setting}.") from e
+
+
 @contextmanager
-def _advisory(uri: str) -> Generator[None]:
+def _advisory(uri: str, setting: str, patience: float) -> Generator[None]:
     import sqlalchemy
     from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-    try:
-        connection = engine.connect()
-    except OperationalError as e:
-        raise UserError(
-            f"the store must be reachable: got {str(e.orig).strip().splitlines()[0]}. Try another OPTUNA_STORAGE."
-        ) from e
-    with connection:
-        connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), {"key": _KEY})
+    with connect(uri, setting) as connection:
+        connection.execute(
+            sqlalchemy.text("select set_config('lock_timeout', :wait, false)"), {"wait": f"{patience:.0f}s"}
+        )
+        try:
+            connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), {"key": _KEY})
+        except OperationalError as e:
+            if "lock timeout" not in str(e):
+                raise
+            raise UserError(
+                f"the store must be free: got a lock held for {patience:.0f} s by another host. "
+                "Try to end the process that hangs."
+            ) from e
         try:
             yield
         finally:

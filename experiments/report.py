@@ -76,12 +76,12 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     path, link = write_page(study, tracker, ranked, header, rows)
     complete = studies.complete(study)
     if complete:
-        print(f"\n{_measured(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))}")
+        print(f"\n{_measured(tracker.open_run(studies.run_id(complete[0])))}")
     if register and complete:
-        tags = tracker.tags(complete[0].user_attrs[studies.RUN_ID])
+        tags = tracker.tags(studies.run_id(complete[0]))
         champion = export.register_champion(
             tracker.client,
-            complete[0].user_attrs[studies.RUN_ID],
+            studies.run_id(complete[0]),
             tags["lm.model_id"],
             studies.best_value(complete[0]),
             tags["lm.tokens_digest"],
@@ -96,7 +96,7 @@ def conclude(study: optuna.Study, tracker: Tracker, register: bool = True) -> No
     print(f"compare  {tracker.compare_link(base, run_ids)}")
     print(f"summary  {link}")
     if complete:
-        print(f"again    {train_command(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))}")
+        print(f"again    {train_command(tracker.open_run(studies.run_id(complete[0])))}")
         print(f"serve    {export.serve_command(tracker.settings.tracking_uri)}")
 
 
@@ -133,12 +133,10 @@ def train_command(run: TrackedRun) -> str:
 
 
 def status(settings: Settings, name: str | None) -> None:
-    """Print how a study stands, and each trial that is not finished; reads the study's storage alone."""
+    """Print how a study stands, and each trial that is not finished; reads its storage alone, and writes nothing."""
     from experiments import study as studies
-    from experiments.locks import store_lock
 
-    with store_lock(settings):
-        storage = studies.open_storage(settings.optuna_storage, settings.heartbeat_seconds)
+    storage = studies.open_storage(settings.optuna_storage, settings.heartbeat_seconds, create=False)
     study = studies.latest_study(storage, name)
     trials = study.get_trials(deepcopy=False)
     counts = Counter(t.state.name.lower() for t in trials)
@@ -152,7 +150,10 @@ def status(settings: Settings, name: str | None) -> None:
     if ranked := studies.finished(study):
         best = ranked[0]
         print(f"best: trial {best.number}, perplexity {studies.best_value(best):.2f}")
-    if counts["waiting"] or counts["running"]:
+    until = study.user_attrs.get(studies.UNTIL)
+    if until is not None and ranked and studies.best_value(ranked[0]) <= until:
+        print(f"Reached --until {until:g}: what waits, waits for a tune.py without it")
+    elif counts["waiting"] or counts["running"]:
         print("Next: the same tune.py command goes on with what waits")
 
 
@@ -180,10 +181,10 @@ def write_page(
 
     about = f"{len(ranked)} trials; value is the lowest validation perplexity of a trial's epochs."
     if complete := studies.complete(study):
-        about += " " + _measured(tracker.open_run(complete[0].user_attrs[studies.RUN_ID]))
+        about += " " + _measured(tracker.open_run(studies.run_id(complete[0])))
     baseline = None
     if ranked:
-        logged = tracker.open_run(ranked[0].user_attrs[studies.RUN_ID]).metrics()
+        logged = tracker.open_run(studies.run_id(ranked[0])).metrics()
         baseline = logged.get("baseline_perplexity")
     figures = study_page.figures(study, baseline) if ranked else []
     table = plots.html_table(header, rows) + _winner(tracker, complete)
@@ -206,7 +207,7 @@ def _winner(tracker: Tracker, complete: Sequence[FrozenTrial]) -> str:
 
     if not complete:
         return ""
-    run = tracker.open_run(complete[0].user_attrs[studies.RUN_ID])
+    run = tracker.open_run(studies.run_id(complete[0]))
     rows = [[name, str(value)] for name, value in Config.from_text(run.params()).flat().items()]
     command = html.escape(train_command(run))
     return (

@@ -120,9 +120,12 @@ def train_and_log(
         measured = measure(run, text, config, "validation", "window", progress)
         metrics = {"best_epoch": float(state.best_epoch), **{f"best_{key}": value for key, value in measured.items()}}
         dataset = (text.corpus.name, text.corpus.digest)
-        model_id = run.steady(
-            lambda: export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
-        )
+
+        def log_model() -> str:
+            run.require_owner()  # a process that was given up would take the other's model for a half-made one
+            return export.log_model(run.client, run.id, folder, metrics, state.best_epoch, dataset, seed_text)
+
+        model_id = run.steady(log_model)
         run.log_tags({"lm.model_id": model_id, "lm.model_epoch": state.best_epoch})
 
 

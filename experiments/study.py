@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lm.errors import UserError
+from experiments.steady import POSTGRES, STUDY, refusal
+from lm.errors import UserError, masked
 
 RUN_ID = "mlflow_run_id"
 OWNER = "owner"
 REASON = "reason"
 TOTAL = "total"
+UNTIL = "until"
 SHIFTS = "shifts"
 """Who worked on a trial: [worker, began, last seen, epochs before, epochs after, how it ended if it died], each."""
 _GRACE = 6
 _STARTUP_TRIALS = 4
 _FIRST_PRUNED_EPOCH = 2
+_NO_STUDY = "a report needs a study: got an empty storage. Try python experiments/tune.py first."
 
 
-def open_storage(uri: str, heartbeat_seconds: int = 10) -> optuna.storages.RDBStorage:
-    """Open Optuna's storage and create its schema; the caller holds the store's lock.
+def open_storage(uri: str, heartbeat_seconds: int = 10, create: bool = True) -> optuna.storages.RDBStorage:
+    """Open Optuna's storage and create its schema, for which the caller holds the store's lock.
+
+    Without `create` nothing is written, and no lock is needed.
 
     Raises:
-        UserError: it cannot be reached or written, or is neither SQLite nor PostgreSQL.
+        UserError: it cannot be reached or written, is neither SQLite nor PostgreSQL, or is empty and stays so.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kind = uri.split(":")[0].split("+")[0]
@@ -36,9 +43,13 @@ def open_storage(uri: str, heartbeat_seconds: int = 10) -> optuna.storages.RDBSt
             f"OPTUNA_STORAGE must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE: got {kind}. "
             "Try one of them."
         )
+    if not create and kind == "sqlite" and not Path(uri.partition(":///")[2]).is_file():
+        raise UserError(_NO_STUDY)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if kind == "sqlite":
         options["connect_args"] = {"timeout": 60}
+    else:
+        options["connect_args"] = POSTGRES
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
@@ -47,25 +58,52 @@ def open_storage(uri: str, heartbeat_seconds: int = 10) -> optuna.storages.RDBSt
                 engine_kwargs=options,
                 heartbeat_interval=heartbeat_seconds,
                 grace_period=_GRACE * heartbeat_seconds,
+                skip_table_creation=not create,
             )
     except ModuleNotFoundError as e:
         raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
     except Exception as e:  # SQLAlchemy's and the drivers' errors have no common base
-        first = str(e).splitlines()[0][:200]
+        if refused := refusal(e, STUDY):
+            raise refused from e
+        if not create and re.search(r"no such table|UndefinedTable", f"{e} {e.__cause__}"):
+            raise UserError(_NO_STUDY) from e
+        first = masked(str(e.__cause__ or e).splitlines()[0][:200])  # Optuna's own words say little
         raise UserError(
             f"Optuna's storage must be reachable and writable: got {first}. Try another OPTUNA_STORAGE."
         ) from e
 
 
-def open_study(storage: optuna.storages.RDBStorage, name: str, first_point: Mapping[str, Any], total: int) -> None:
+def open_study(
+    storage: optuna.storages.RDBStorage,
+    name: str,
+    first_point: Mapping[str, Any],
+    total: int,
+    until: float | None = None,
+) -> None:
     """Create the study, with the recipe's own point as trial 0, if it is not there; the caller holds the store's lock.
 
-    `total` is how many trials it is to have, which is kept for whoever asks how it stands.
+    `total` is how many trials it is to have, `until` the perplexity that ends it; both are kept for whoever asks how
+    it stands.
     """
     study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(dict(first_point))
     study.set_user_attr(TOTAL, max(total, study.user_attrs.get(TOTAL, 0)))
+    study.set_user_attr(UNTIL, until)
+
+
+def run_id(trial: FrozenTrial) -> str:
+    """The MLflow run that a trial is.
+
+    Raises:
+        UserError: it has none, since another program made the study.
+    """
+    if RUN_ID not in trial.user_attrs:
+        raise UserError(
+            f"a study's trials must be runs in MLflow: got trial {trial.number} without one, of another program. "
+            "Try --study another."
+        )
+    return str(trial.user_attrs[RUN_ID])
 
 
 @dataclass(frozen=True)
@@ -132,7 +170,7 @@ def latest_study(storage: optuna.storages.RDBStorage, name: str | None) -> optun
     summaries = optuna.get_all_study_summaries(storage)
     known = [s.study_name for s in sorted(summaries, key=lambda s: str(s.datetime_start or ""))]
     if not known:
-        raise UserError("a report needs a study: got an empty storage. Try python experiments/tune.py first.")
+        raise UserError(_NO_STUDY)
     if name is not None and name not in known:
         raise UserError(f"a study must be named as it is stored: got {name!r}. Try {known[-1]}.")
     return optuna.load_study(study_name=name or known[-1], storage=storage)

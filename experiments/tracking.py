@@ -13,14 +13,16 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
@@ -31,12 +33,13 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.time import get_current_time_millis
+from urllib3.connection import HTTPConnection
 
-from experiments.locks import local_path, store_lock
+from experiments.locks import connect, local_path, store_lock
 from experiments.process import TakenOverError, is_alive_here, is_gone, own_name
 from experiments.settings import ROOT, Settings
-from experiments.steady import keep_trying, steadied
-from lm.errors import UserError
+from experiments.steady import RUNS, keep_trying, refusal, single, steadied
+from lm.errors import UserError, masked
 
 if TYPE_CHECKING:
     from lm.corpus import Corpus
@@ -50,6 +53,8 @@ JOB = "lm.job"
 _OWNER = "lm.process"
 _WEIGHTS = "lm.weights"
 _METRICS_A_BATCH = 900
+_PATIENT_BEATS = 3
+"""Fewer than the heartbeats after whose silence a host is given up."""
 ATTENTION_MEASURES = (
     "change", "entropy", "entropy_share", "distance", "self", "previous", "first", "agreement", "previous_token",
     "duplicate_token", "induction",
@@ -76,7 +81,21 @@ def quiet() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a trace for each call to a store away
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # calls are made again here, where it is known how
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def _forget_what_is_late(seconds: float) -> None:
+    """Have the system drop a request that the server's host has not acknowledged for so long.
+
+    Else one that is under way when a host is cut off would arrive when it is back, after the host was given up.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is None:  # not on this system
+        return
+    options = cast(list[Any], HTTPConnection.default_socket_options)  # in place: the very list that is their default
+    options[:] = [o for o in options if o[:2] != (socket.IPPROTO_TCP, option)]
+    options.append((socket.IPPROTO_TCP, option, int(1000 * seconds)))
 
 
 class Tracker:
@@ -91,8 +110,14 @@ class Tracker:
             UserError: the store cannot be reached or written.
         """
         quiet()
+        _forget_what_is_late(_PATIENT_BEATS * settings.heartbeat_seconds)
         self.settings = settings
+        if settings.username and settings.password:  # MLflow reads them from there alone
+            os.environ["MLFLOW_TRACKING_USERNAME"] = settings.username
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = settings.password
         with store_lock(settings):
+            if settings.tracking_uri.startswith("postgresql"):  # MLflow tries a wrong password for minutes
+                connect(settings.tracking_uri, "MLFLOW_TRACKING_URI").close()
             try:
                 mlflow.set_tracking_uri(settings.tracking_uri)
                 mlflow.set_registry_uri(settings.tracking_uri)
@@ -102,10 +127,9 @@ class Tracker:
             except UserError:
                 raise
             except Exception as e:  # MLflow's, SQLAlchemy's and the drivers' errors have no common base
-                password = re.search(r"//[^/@]*:([^/@]+)@", settings.tracking_uri)
-                got = f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}"
-                if password:
-                    got = got.replace(password.group(1), "***")
+                if refused := refusal(e, RUNS):
+                    raise refused from e
+                got = masked(f"{str(e).splitlines()[0][:200]} from {settings.tracking_uri}")
                 raise UserError(
                     f"the store must be reachable and writable: got {got}. Try another MLFLOW_TRACKING_URI."
                 ) from e
@@ -113,7 +137,7 @@ class Tracker:
         if self.client.get_experiment(self.experiment_id).tags.get(_VIEW_TAG) != view:
             self.client.set_experiment_tag(self.experiment_id, _VIEW_TAG, view)
         mlflow.set_experiment(experiment_id=self.experiment_id)  # LoggedModels go to the active one
-        self.client = steadied(self._plain, is_passing, "the MLflow store")
+        self.client = steadied(self._plain, is_passing, RUNS)
         self._close_dead_runs()
 
     def _close_dead_runs(self) -> None:
@@ -132,7 +156,13 @@ class Tracker:
                 )
             return found.experiment_id
         remote = self.settings.tracking_uri.startswith("http")
-        return self.client.create_experiment(name, None if remote else self.settings.artifact_root)
+        try:
+            return self.client.create_experiment(name, None if remote else self.settings.artifact_root)
+        except MlflowException as e:
+            made = self.client.get_experiment_by_name(name)
+            if e.error_code != "RESOURCE_ALREADY_EXISTS" or made is None:
+                raise
+            return made.experiment_id  # by another host, whose studies have another lock
 
     @contextmanager
     def run(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Generator[TrackedRun]:
@@ -158,6 +188,7 @@ class Tracker:
             self.close(run_id, "KILLED", "interrupted")
             raise
         except BaseException as e:
+            run.require_owner()  # what another process did to a run that it took over is no failure of the run
             self.close(run_id, "FAILED", f"{type(e).__name__}: {e}")
             raise
         self.close(run_id, "FINISHED", "")
@@ -178,7 +209,7 @@ class Tracker:
             return self._plain.create_run(self.experiment_id, tags={**tags, "lm.key": key}, run_name=name).info.run_id
 
         tried = False
-        return keep_trying(create, is_passing, "the MLflow store")
+        return keep_trying(create, is_passing, RUNS)
 
     def run_of_job(self, job: str) -> MlflowRun | None:
         """The newest run of a `torchrun` job, with which its processes go on when they are started again."""
@@ -197,18 +228,31 @@ class Tracker:
         run_id = run.info.run_id
         if _WEIGHTS in run.data.tags or self.client.search_model_versions(f"run_id = '{run_id}'"):
             return
-        models = self.client.search_logged_models([self.experiment_id], filter_string=f"source_run_id = '{run_id}'")
-        for model in models:
-            _delete(model.artifact_location.removesuffix("/artifacts"))
-            self.client.delete_logged_model(model.model_id)
-        _delete(f"{run.info.artifact_uri}/checkpoints")
+        keep_trying(lambda: self._remove_weights(run), is_passing, RUNS)
         shutil.rmtree(self.open_run(run_id).checkpoints, ignore_errors=True)
         self.client.set_tag(run_id, _WEIGHTS, f"removed: {why}")
+
+    def _remove_weights(self, run: MlflowRun) -> None:
+        """The same, once, which another host may do at the same time, or this one have done without an answer."""
+        query = f"source_run_id = '{run.info.run_id}'"
+
+        def standing() -> dict[str, str]:
+            models = self._plain.search_logged_models([self.experiment_id], filter_string=query)
+            return {model.model_id: model.artifact_location for model in models}
+
+        for model_id, place in standing().items():
+            _delete(place.removesuffix("/artifacts"))
+            try:
+                self._plain.delete_logged_model(model_id)
+            except MlflowException:
+                if model_id in standing():
+                    raise
+        _delete(f"{run.info.artifact_uri}/checkpoints")
 
     def close_if_left(self, run_id: str, owner: str, status: str, reason: str) -> None:
         """Close a run that a process left open when it died, unless another has taken it over."""
         run = self.client.get_run(run_id)
-        if run.info.status == "RUNNING" and run.data.tags.get(_OWNER) == owner:
+        if run.info.status == "RUNNING" and run.data.tags.get(_OWNER, "") == owner:
             self.close(run_id, status, reason)
 
     def close(self, run_id: str, status: str, reason: str) -> None:
@@ -373,9 +417,13 @@ class TrackedRun:
         """Local folder of a checkpoint of this run, downloaded if it is not here, or `again`."""
         folder = self.checkpoints / name
         if local_path(self.mlflow_run.info.artifact_uri) is None and (again or not folder.exists()):
-            shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            self.client.download_artifacts(self.id, f"checkpoints/{name}", str(self.checkpoints.parent))
+            with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:  # half of one must not pass for a whole
+                came = self.client.download_artifacts(
+                    self.id, f"checkpoints/{name}", fresh
+                )  # where is the store's choice
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(came).rename(folder)
         return folder
 
     def tags(self) -> dict[str, str]:
@@ -392,7 +440,7 @@ class TrackedRun:
 
     def steady(self, call: Callable[[], T]) -> T:
         """Call, and again while the store is away; for calls of several steps that may be begun again."""
-        return keep_trying(call, is_passing, "the MLflow store")
+        return keep_trying(call, is_passing, RUNS)
 
     def require_owner(self) -> None:
         """Raise TakenOverError if another process works on the run by now: this one was suspended, and given up."""
@@ -420,16 +468,26 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log up to `_METRICS_A_BATCH` metrics at one step: all or none."""
+        self.client.log_batch(self.id, metrics=self._points(metrics, step))
+
+    def _points(self, metrics: Mapping[str, float], step: int) -> list[Metric]:
         now = get_current_time_millis()
-        self.client.log_batch(self.id, metrics=[Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()])
+        return [Metric(self.metric_name(k), v, now, step) for k, v in metrics.items()]
 
     def log_once(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics at a step, those aside that stand there already: of a process that died after it logged them."""
-        names = list(metrics)
+        """Log metrics at a step, those aside that stand there already: of a process that died after it logged them.
+
+        Each attempt looks again: in an outage another host may take the run over, and log the step.
+        """
+        names, client = list(metrics), single(self.client)
+
+        def log(points: Sequence[Metric]) -> None:
+            if all(point.step != step for point in client.get_metric_history(self.id, points[0].key)):
+                client.log_batch(self.id, metrics=points)
+
         for start in reversed(range(0, len(names), _METRICS_A_BATCH)):  # the first, which count, go last
-            batch = names[start : start + _METRICS_A_BATCH]
-            if step not in self.history(batch[0]):
-                self.log_metrics({name: metrics[name] for name in batch}, step)
+            points = self._points({name: metrics[name] for name in names[start : start + _METRICS_A_BATCH]}, step)
+            self.steady(partial(log, points))
 
     def history(self, name: str) -> dict[int, float]:
         """A metric's values by step."""
@@ -513,6 +571,8 @@ def _delete(uri: str) -> None:
 
 def is_passing(e: Exception) -> bool:
     """Whether an error of the MLflow store is one that time may mend: away, busy, restarting; not a full disk."""
+    if refusal(e, RUNS):
+        return False
     if isinstance(e, requests.exceptions.HTTPError):
         return e.response is not None and e.response.status_code >= 500
     if isinstance(e, requests.exceptions.ConnectionError | requests.exceptions.Timeout):

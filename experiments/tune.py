@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from experiments.claims import Claims
     from experiments.locks import store_lock
     from experiments.run import machine
-    from experiments.study import RUN_ID, Plans, finished, open_storage, open_study
+    from experiments.study import Plans, finished, open_storage, open_study, run_id
     from experiments.tracking import Tracker
 
     tracker = Tracker(settings)
@@ -111,12 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with store_lock(settings):
         storage = open_storage(settings.optuna_storage, settings.heartbeat_seconds)
-        open_study(storage, plan.name, {name: config.flat()[name] for name in space}, plan.trials)
+        open_study(storage, plan.name, {name: config.flat()[name] for name in space}, plan.trials, args.until)
     plans = Plans(args.sampler, args.pruner)
     worker = f"{platform.node()} worker {args.worker or 1}"
     claims = Claims(storage, plan.name, plans, lambda: store_lock(settings), worker)
     for trial in finished(claims.study())[:1]:
-        tracker.tags(trial.user_attrs[RUN_ID])  # stops here, not after the trials, if the store lacks its runs
+        tracker.tags(run_id(trial))  # stops here, not after the trials, if the store lacks its runs
     if is_first:
         done = claims.done()
         print(f"study {plan.name}: {done} of {plan.trials} trials are there", flush=True)
@@ -404,12 +404,12 @@ def conclude(claims: Claims, tracker: Tracker, plan: Plan) -> None:
     from experiments import report
     from experiments import run as runs
     from experiments.locks import store_lock
-    from experiments.study import RUN_ID, complete
+    from experiments.study import complete, run_id
 
     with store_lock(tracker.settings):
         study = claims.study()
         for trial in complete(study)[:1]:
-            winner = tracker.open_run(trial.user_attrs[RUN_ID])
+            winner = tracker.open_run(run_id(trial))
             runs.measure(winner, plan.text, plan.config.override(trial.params), "test", "window", plan.progress)
         report.conclude(study, tracker)
 

@@ -7,12 +7,10 @@ python experiments/ui.py --port 5050
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from lm.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser(__doc__ or "")
     parser.add_argument("--port", type=int, default=5000, help="port of the UI on this machine (default: 5000)")
     args = parser.parse(argv)
-    _require_free(args.port)
+    cli.require_free(args.port)
 
     from experiments.settings import ROOT, Settings
     from experiments.tracking import Tracker
@@ -44,15 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(args.port), "--workers", "1"]
     os.chdir(ROOT)
     os.execv(sys.executable, command)
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as e:
-            raise UserError(f"the port must be free: got {port} ({e}). Try --port 5050.") from e
 
 
 if __name__ == "__main__":

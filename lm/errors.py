@@ -3,6 +3,8 @@
 Programs print the line and exit 2. Our own mistakes are asserts and ordinary exceptions, with a traceback.
 """
 
+import re
+
 
 class UserError(ValueError):
     """What was asked for cannot be done as asked; the message says why and what would work."""
@@ -18,3 +20,8 @@ class LeakError(UserError):
 
 class LostRankError(Exception):
     """Another process of a training in several has ended, or cannot be reached."""
+
+
+def masked(text: str) -> str:
+    """The text with stars in place of the password of each URI in it."""
+    return re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)

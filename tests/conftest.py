@@ -87,7 +87,10 @@ def free_port() -> int:
 
 def blank(patch: pytest.MonkeyPatch) -> None:
     """Unset every place; an empty setting is unset also where the user's .env sets it."""
-    for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE", "LM_ARTIFACT_ROOT", "LM_WIKIQA_DIR", "LM_WIKIQA_REVISION"):
+    for name in (
+        "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "OPTUNA_STORAGE",
+        "LM_ARTIFACT_ROOT", "LM_WIKIQA_DIR", "LM_WIKIQA_REVISION",
+    ):  # fmt: skip
         patch.setenv(name, "")
 
 

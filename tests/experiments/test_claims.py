@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -231,3 +232,10 @@ def test_errors_that_pass_are_known_bare_and_wrapped() -> None:
         wrapped = StorageInternalError("An exception is raised during the commit.")
         wrapped.__cause__ = bare
         assert claiming.is_passing(bare) == claiming.is_passing(wrapped) == passes
+
+
+def test_a_trial_of_an_older_program_that_signed_nothing_is_set_free(claims: Claims) -> None:
+    optuna.load_study(study_name="test", storage=Settings.load().optuna_storage).ask()
+    [freed] = claims.release_dead()
+    assert (freed.number, freed.owner, freed.run_id) == (0, "", None)
+    assert claims.trials()[0].state == TrialState.WAITING

@@ -19,9 +19,11 @@ import sqlalchemy
 import torch
 
 from experiments import study as studies
-from experiments import train
+from experiments import train, tune
+from experiments.locks import store_lock
 from experiments.settings import Settings
 from experiments.tracking import Tracker
+from lm.errors import UserError
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -31,31 +33,48 @@ STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 
 
 class Postgres:
-    """A server of its own in a temporary folder, run as the user postgres where we are root."""
+    """A server of its own in a temporary folder, run as the user postgres where we are root.
 
-    def __init__(self, folder: Path) -> None:
+    With a password everybody needs one; with a network it also listens there.
+    """
+
+    def __init__(self, folder: Path, password: str = "", address: str = "", network: str = "") -> None:
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
         if not found:
             pytest.skip("needs PostgreSQL: apt-get install postgresql")
         self.bin, self.data, self.port = found[-1].parent, folder / "data", free_port()
+        self.password, self.listen = password, ",".join(filter(None, ("127.0.0.1", address)))
         folder.mkdir()
+        way = ["-A", "trust"]
+        if password:
+            (folder / "password").write_text(password)
+            way = ["-A", "scram-sha-256", f"--pwfile={folder / 'password'}"]
         if os.getuid() == 0:
             shutil.chown(folder, "postgres", "postgres")
-        self._run("initdb", "-D", str(self.data), "-A", "trust", "-U", "lm", "--no-sync")
+        self._run("initdb", "-D", str(self.data), *way, "-U", "lm", "--no-sync")
+        if network:
+            with (self.data / "pg_hba.conf").open("a") as f:
+                f.write(f"host all all {network} scram-sha-256\n")
         self.start()
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "lm", "optuna")
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "lm", "mlflow")
+        if not password:
+            self.sql("create database optuna")
+            self.sql("create database mlflow")
+
+    def sql(self, *statements: str) -> None:
+        own = ("-h", "127.0.0.1", "-p", str(self.port), "-U", "lm", "-d", "postgres", "-q", "-v", "ON_ERROR_STOP=1")
+        self._run("psql", *own, *(part for statement in statements for part in ("-c", statement)))
 
     def _run(self, program: str, *arguments: str) -> None:
         user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        environment = {**os.environ, "PGPASSWORD": self.password}
         with tempfile.TemporaryFile("w+") as said:  # a pipe would be held open by the server
             command = [*user, str(self.bin / program), *arguments]
-            done = subprocess.run(command, stdout=said, stderr=said, cwd="/tmp", check=False)
+            done = subprocess.run(command, stdout=said, stderr=said, cwd="/tmp", check=False, env=environment)
             said.seek(0)
             assert done.returncode == 0, said.read()
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off -k {self.data}"
+        options = f"-p {self.port} -c listen_addresses={self.listen} -c fsync=off -k {self.data}"
         self._run("pg_ctl", "-D", str(self.data), "-o", options, "-l", str(self.data / "log"), "-w", "start")
 
     def stop(self) -> None:
@@ -110,8 +129,11 @@ def epochs_done() -> int:
     return 0
 
 
-def check_study(total: int) -> optuna.Study:
-    """The promises: the total, one run a trial with its true status, no step of a metric twice, one model a trial."""
+def check_study(total: int, keep: int | None = None) -> optuna.Study:
+    """The promises: the total, one run a trial with its true status, no step of a metric twice, one model a trial.
+
+    With `keep`, models of the best so many are there, and none of trials that did not end.
+    """
     study, tracker = the_study(), Tracker(Settings.load())
     trials = study.get_trials()
     assert len(trials) == total
@@ -127,8 +149,13 @@ def check_study(total: int) -> optuna.Study:
         assert {point.step: point.value for point in logged} == trial.intermediate_values
         assert sorted(trial.intermediate_values) == list(range(1, len(logged) + 1))
     models = tracker.client.search_logged_models([tracker.experiment_id], max_results=100)
-    complete = [t.user_attrs[studies.RUN_ID] for t in trials if t.state.name == "COMPLETE"]
-    assert sorted(str(m.source_run_id) for m in models) == sorted(complete)
+    complete = [t.user_attrs[studies.RUN_ID] for t in studies.complete(study)]
+    made = sorted(str(m.source_run_id) for m in models)
+    if keep is None:
+        assert made == sorted(complete)
+    else:
+        assert len(made) == len(set(made))
+        assert set(complete[:keep]) <= set(made) <= set(complete)
     uri = tracker.settings.tracking_uri
     if not uri.startswith("http"):
         twice = "select run_uuid, key, step from metrics group by run_uuid, key, step having count(*) > 1"
@@ -316,3 +343,22 @@ def test_a_study_goes_on_when_a_full_disk_has_room_again(
         check_figures(the_study(), the_study().trials[0], own)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.postgres
+def test_postgresql_gives_its_lock_to_one_host_and_the_other_gives_up(
+    postgres: Postgres, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", postgres.uri("optuna"))
+    with pytest.raises(UserError, match="a report needs a study: got an empty storage"):
+        tune.main(["--status"])
+    engine = sqlalchemy.create_engine(postgres.uri("optuna"), poolclass=sqlalchemy.NullPool)
+    assert sqlalchemy.inspect(engine).get_table_names() == []
+    here = Settings.load()
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(tmp_path / "there"))
+    there = Settings.load()
+    held = "the store must be free: got a lock held for 1 s by another host. Try to end"
+    with store_lock(here), pytest.raises(UserError, match=held), store_lock(there, patience=1):
+        pass
+    with store_lock(there, patience=1):
+        pass

@@ -50,8 +50,8 @@ def test_env_example_names_every_setting_that_is_read() -> None:
     source = (ROOT / "experiments" / "settings.py").read_text()
     example = (ROOT / ".env.example").read_text()
     read = {part.split('"')[0] for part in source.split('get("')[1:]}
-    assert len(read) == 8
-    named = {line.lstrip("#").split("=")[0] for line in example.splitlines() if re.match(r"#?[A-Z_]+=", line)}
+    assert len(read) == 20
+    named = {line.lstrip("#").split("=")[0] for line in example.splitlines() if re.match(r"#?[A-Z0-9_]+=", line)}
     assert named == read | {f"LM_SERVE_{name.upper()}" for name in Limits.__dataclass_fields__}
 
 

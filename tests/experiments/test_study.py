@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from experiments import study as studies
-from experiments import study_page
+from experiments import study_page, tune
 from experiments.search_space import SPACE, suggest
 from experiments.settings import Settings
 from lm.errors import UserError
@@ -118,3 +118,39 @@ def test_an_empty_or_unreachable_storage_is_one_line(lab: Path, tmp_path: Path) 
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="OPTUNA_STORAGE must be sqlite:///FILE or postgresql://"):
         studies.open_storage("mysql://user@host/database")
+
+
+def test_status_of_a_laboratory_without_a_study_makes_nothing(
+    tmp_path: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(tmp_path / "new"))
+    with pytest.raises(UserError, match="a report needs a study: got an empty storage. Try python experiments/tune.py"):
+        tune.main(["--status"])
+    assert not (tmp_path / "new").exists()
+    (lab / "optuna.db").write_bytes(b"")
+    monkeypatch.setenv("LM_MLRUNS_DIR", str(lab))
+    with pytest.raises(UserError, match="a report needs a study: got an empty storage. Try python experiments/tune.py"):
+        tune.main(["--status"])
+    assert (lab / "optuna.db").stat().st_size == 0
+
+
+def test_status_says_that_what_waits_is_not_wanted_once_until_is_reached(
+    study: optuna.Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete(study, 30.0)
+    study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
+    storage = studies.open_storage(Settings.load().optuna_storage)
+    for until, said in (
+        (20.0, "Next: the same tune.py command goes on with what waits"),
+        (35.0, "Reached --until 35: what waits, waits for a tune.py without it"),
+        (None, "Next: the same tune.py command goes on with what waits"),
+    ):
+        studies.open_study(storage, "test", POINT, 20, until)
+        tune.main(["--status"])
+        assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_a_trial_of_another_program_is_named_where_its_run_is_needed(study: optuna.Study) -> None:
+    complete(study, 30.0)
+    with pytest.raises(UserError, match=r"must be runs in MLflow: got trial 0 without one, .*\. Try --study another"):
+        studies.run_id(study.trials[0])

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -5,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from urllib3.connection import HTTPConnection
 
+from experiments.process import TakenOverError
 from experiments.settings import Settings
-from experiments.tracking import PrunedError, Tracker
+from experiments.steady import RUNS, steadied
+from experiments.tracking import PrunedError, Tracker, is_passing
 from lm.errors import DivergedError, UserError
 from lm.evaluate import Evaluation
 from lm.train import EpochReport
@@ -135,6 +140,7 @@ def test_an_unreachable_store_is_one_line_without_the_password(lab: Path, monkey
 
 
 OPEN = """
+from experiments.process import TakenOverError
 from experiments.settings import Settings
 from experiments.locks import store_lock
 from experiments.tracking import Tracker
@@ -196,3 +202,100 @@ def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
 
     opened = study.latest_study(study.open_storage(Settings.load().optuna_storage), "one")
     assert len(opened.trials) == 1
+
+
+def test_an_error_in_a_run_that_was_taken_over_is_not_the_runs(tracker: Tracker) -> None:
+    run_id, told = "", ""
+    try:
+        with tracker.run("test", {}) as run:
+            run_id = run.id
+            tracker.client.set_tag(run_id, "lm.process", "elsewhere:1:1")
+            raise RuntimeError("the other process has removed what this one was writing")
+    except TakenOverError as e:
+        told = str(e)
+    assert told == "run test was taken over by elsewhere:1:1"
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
+
+
+def test_an_experiment_that_another_host_has_just_made_is_taken(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "both")
+    here = Tracker(Settings.load())
+    looked: list[str] = []
+
+    class Late:
+        """A client whose first look came before the other host's experiment."""
+
+        def get_experiment_by_name(self, name: str) -> object:
+            looked.append(name)
+            return None if len(looked) == 1 else here._plain.get_experiment_by_name(name)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(here._plain, name)
+
+    there = Tracker(Settings.load())
+    monkeypatch.setattr(there, "client", Late())
+    assert there._experiment() == here.experiment_id
+    assert len(looked) == 2
+
+
+def test_weights_that_another_host_is_removing_are_removed_once(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker.run("loser", {}) as run:
+        model = tracker.client.create_logged_model(tracker.experiment_id, name="model", source_run_id=run.id)
+    plain, lost = tracker._plain, [requests.exceptions.ConnectionError("the answer was lost")]
+
+    class Lossy:
+        """A client whose first deletion is done, twice over, without an answer."""
+
+        def delete_logged_model(self, model_id: str) -> None:
+            plain.delete_logged_model(model_id)
+            while lost:
+                raise lost.pop()
+            plain.delete_logged_model(model_id)  # what the other host's would meet
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(plain, name)
+
+    monkeypatch.setattr(tracker, "_plain", Lossy())
+    tracker.remove_weights(plain.get_run(run.id), "not among the best 3")
+    assert plain.search_logged_models([tracker.experiment_id]) == []
+    assert tracker.tags(run.id)["lm.weights"] == "removed: not among the best 3"
+    other = tracker.client.create_logged_model(tracker.experiment_id, name="model", source_run_id=run.id)
+    plain.delete_tag(run.id, "lm.weights")
+    tracker.remove_weights(plain.get_run(run.id), "not among the best 3")
+    assert plain.search_logged_models([tracker.experiment_id]) == []
+    assert other.model_id != model.model_id
+
+
+def test_a_step_that_another_host_logged_in_an_outage_is_not_logged_again(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker.run("cut off", {}) as run:
+        plain, away = tracker._plain, [requests.exceptions.ConnectionError("the link is down")]
+
+        class CutOff:
+            """A client that is cut off between its look and its point, which the run's heir logs meanwhile."""
+
+            def log_batch(self, run_id: str, **what: Any) -> None:
+                while away:
+                    plain.log_metric(run_id, "validation_loss", 2.0, step=3)
+                    raise away.pop()
+                plain.log_batch(run_id, **what)
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(plain, name)
+
+        run.client = steadied(CutOff(), is_passing, RUNS)  # type: ignore[assignment]
+        run.log_once({"validation_loss": 2.0, "train_loss": 1.0}, step=3)
+        assert [p.step for p in plain.get_metric_history(run.id, "validation_loss")] == [3]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
+def test_a_request_is_dropped_before_its_host_is_given_up(tracker: Tracker) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = HTTPConnection("127.0.0.1", server.getsockname()[1])
+        connection.connect()
+        set_to = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        connection.close()
+    assert 0 < set_to < 6000 * tracker.settings.heartbeat_seconds
