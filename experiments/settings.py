@@ -78,7 +78,7 @@ class Settings:
             experiment=get("MLFLOW_EXPERIMENT_NAME") or "lm",
             wikiqa_dir=_absolute(wikiqa) if wikiqa else None,
             wikiqa_revision=get("LM_WIKIQA_REVISION") or "main",
-            under_torchrun=get("WORLD_SIZE") is not None,
+            under_torchrun="WORLD_SIZE" in os.environ,
             username=username,
             password=password,
         )
