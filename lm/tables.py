@@ -160,7 +160,7 @@ def require_columns(table: Any, columns: Mapping[str, str], where: str) -> None:
     """Raise UserError for the first of `columns` (flag's name to column) that a table lacks."""
     for flag, column in columns.items():
         if column not in table.column_names:
-            own = flag if any(other in table.column_names for other in columns.values()) else "text_column"
+            own = flag if len(table.column_names) > 1 else "text_column"
             raise UserError(
                 f"{flag} must be a column of {where}: got {column!r}, "
                 f"it has {', '.join(table.column_names)}. Try --{own.replace('_', '-')} {table.column_names[0]}."
@@ -179,6 +179,7 @@ def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path],
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
         try:
             make(draft)
+            draft.chmod(0o755)  # others may share the cache
             draft.rename(folder)
         except OSError:
             if not is_whole():  # on a host whose locks are not ours another may have put the same there

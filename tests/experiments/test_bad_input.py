@@ -71,7 +71,7 @@ def test_an_empty_corpus_a_missing_column_and_a_file_that_is_not_text(
     (tmp_path / "picture.csv").write_bytes(b"\x89PNG\r\n\0\0")
     assert fails(["--corpus", str(tmp_path / "empty.csv")], capsys).startswith("corpus must hold text: got the empty")
     missing = fails(["--corpus", str(tmp_path / "columns.csv")], capsys)
-    assert missing.endswith("got 'question', the file has q, a. Try --question-column q.")
+    assert missing.endswith("got 'question', it has q, a. Try --question-column q.")
     assert fails(["--corpus", str(tmp_path / "picture.csv")], capsys).startswith("corpus must be UTF-8 text")
 
 
