@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from experiments.settings import Settings
-from experiments.steady import POSTGRES, SETTINGS, refusal
+from experiments.steady import POSTGRES, SETTINGS, is_crowded, keep_trying, refusal
 from lm.errors import UserError, masked
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def connect(uri: str, setting: str) -> Connection:
 
     try:
         engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=POSTGRES)
-        return engine.connect()
+        return keep_trying(engine.connect, is_crowded, setting)
     except ModuleNotFoundError as e:
         raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
     except SQLAlchemyError as e:

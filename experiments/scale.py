@@ -40,7 +40,8 @@ def parallel(job: Job, quick: bool, say: Say) -> dict[str, Any]:
     """The same steps on the sample by one process and by two: losses, and tokens a second."""
     found: dict[str, Any] = {}
     flags = ["--corpus", "sample", "--steps-per-epoch", str(10 if quick else _STEPS), "--epochs", str(_EPOCHS)]
-    plans = {"1 process": (1, os.cpu_count() or 1), "1 process, 1 thread": (1, 1), "2 processes, 1 thread each": (2, 1)}
+    cores = os.cpu_count() or 1
+    plans = {"1 process": (1, cores), "2 processes": (2, max(1, cores // 2))}
     losses: dict[str, list[list[float]]] = {}
     for name, (n, threads) in plans.items():
         with _store() as (settings, environment):

@@ -87,6 +87,11 @@ def keep_trying(call: Callable[[], T], is_passing: Callable[[Exception], bool], 
             return result
 
 
+def is_crowded(e: Exception) -> bool:
+    """Whether PostgreSQL has no connection left, which others give back."""
+    return re.search(r"too many clients|remaining connection slots", f"{e} {e.__cause__}") is not None
+
+
 def refusal(e: Exception, what: str) -> UserError | None:
     """What to tell a person whom a store does not let in, or do what was asked; None for other errors."""
     said = f"{e}\n{e.__cause__ or ''}"

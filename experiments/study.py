@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.steady import POSTGRES, STUDY, refusal
+from experiments.steady import POSTGRES, STUDY, is_crowded, keep_trying, refusal
 from lm.errors import UserError, masked
 
 RUN_ID = "mlflow_run_id"
@@ -48,9 +48,10 @@ def open_storage(uri: str, heartbeat_seconds: int = 10, create: bool = True) -> 
     options: dict[str, Any] = {"pool_pre_ping": True}
     if kind == "sqlite":
         options["connect_args"] = {"timeout": 60}
-    else:
-        options["connect_args"] = POSTGRES
-    try:
+    else:  # one idle connection a worker: PostgreSQL gives a hundred, by default, to all of them
+        options |= {"connect_args": POSTGRES, "pool_size": 1, "max_overflow": 4}
+
+    def opened() -> optuna.storages.RDBStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
             return optuna.storages.RDBStorage(
@@ -60,6 +61,9 @@ def open_storage(uri: str, heartbeat_seconds: int = 10, create: bool = True) -> 
                 grace_period=_GRACE * heartbeat_seconds,
                 skip_table_creation=not create,
             )
+
+    try:
+        return keep_trying(opened, is_crowded, STUDY)
     except ModuleNotFoundError as e:
         raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
     except Exception as e:  # SQLAlchemy's and the drivers' errors have no common base
