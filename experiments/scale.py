@@ -253,19 +253,20 @@ class _Watched:
         self.seconds_before = self.mib_before = self.mib_after = 0.0
         began, trains = time.perf_counter(), threading.Event()
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-            watch = threading.Thread(target=self._watch, args=(process.pid, trains))
-            watch.start()
-            for line in process.stdout or ():
-                if line.startswith("on ") and not trains.is_set():
-                    self.seconds_before = time.perf_counter() - began
-                    trains.set()
-            if process.wait():
+            with subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process:
+                watch = threading.Thread(target=self._watch, args=(process.pid, trains))
+                watch.start()
+                for line in process.stdout or ():
+                    if line.startswith("on ") and not trains.is_set():
+                        self.seconds_before = time.perf_counter() - began
+                        trains.set()
+            watch.join()
+            if process.returncode:
                 errors.seek(0)
-                raise UserError(
-                    f"a program must run to be timed: got {errors.read().strip().splitlines()[-1:]}. Try it alone."
-                )
-        watch.join()
+                said = [line for line in errors.read().splitlines() if line.startswith("train.py: ")]
+                raise UserError(f"a program must run to be timed: got {said[:1]}. Try it alone.")
 
     def _watch(self, pid: int, trains: threading.Event) -> None:
         status = Path(f"/proc/{pid}/status")

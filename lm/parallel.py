@@ -158,7 +158,7 @@ def replicated(module: nn.Module, ranks: Ranks) -> nn.Module:
     """A module whose gradients are the mean over all processes after `backward` (DDP: Li et al. 2020)."""
     if ranks.size == 1:
         return module
-    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def shares_weights(parallel: str, ranks: Ranks) -> bool:
