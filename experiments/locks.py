@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from experiments.settings import Settings
-from experiments.steady import POSTGRES, SETTINGS, is_crowded, keep_trying, refusal
+from experiments.steady import POSTGRES, SETTINGS, is_crowded, keep_trying
 from lm.errors import UserError, masked
 
 if TYPE_CHECKING:
@@ -71,15 +71,13 @@ def connect(uri: str, setting: str) -> Connection:
     import sqlalchemy
     from sqlalchemy.exc import SQLAlchemyError
 
+    what = next((name for name, place in SETTINGS.items() if place == setting), setting)
     try:
         engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=POSTGRES)
-        return keep_trying(engine.connect, is_crowded, setting)
+        return keep_trying(engine.connect, is_crowded, what)
     except ModuleNotFoundError as e:
         raise UserError(f"PostgreSQL needs its driver: got {e}. Try pip install 'small-lm-lab[postgres]'.") from e
     except SQLAlchemyError as e:
-        what = next((name for name, place in SETTINGS.items() if place == setting), setting)
-        if refused := refusal(e, what):
-            raise refused from e
         got = masked((str(getattr(e, "orig", None) or e).strip().splitlines() or [""])[0][:200])
         raise UserError(f"the store must be reachable: got {got}. Try another {setting}.") from e
 

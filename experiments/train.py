@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ranks.told(None)
         else:
             runs.follow(ranks, settings)
+        if ranks.size > 1:
+            parallel.leave()
 
 
 def _lead(args: argparse.Namespace, config: Config, settings: Settings, ranks: Ranks) -> None:

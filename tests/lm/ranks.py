@@ -34,6 +34,8 @@ def main(changes: str, out: str, folder: str) -> None:
             Path(out).write_text(json.dumps(found))
             if not Path(folder).exists():
                 checkpoint.save(Path(folder), config, vocab, state, "digest")
+        if ranks.size > 1:
+            parallel.leave()
 
 
 if __name__ == "__main__":
