@@ -36,7 +36,7 @@ from lm.tables import (
     Records,
     TableRecords,
     kind_of,
-    make_once,
+    made_once,
     number,
     open_bytes,
     read_files,
@@ -298,10 +298,7 @@ def _rows(
     dealt = [config.validation_fraction, config.test_fraction, config.split_seed]
     settings = json.dumps([_ROWS_FORMAT, prints, columns, dealt], sort_keys=True)
     folder = cache_dir / f"records-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
-    make_once(folder, lambda: _read_rows(folder) is not None, lambda draft: _write_rows(draft, tables, columns, config))
-    found = _read_rows(folder)
-    assert found is not None
-    return found
+    return made_once(folder, _read_rows, lambda draft: _write_rows(draft, tables, columns, config))
 
 
 def _read_rows(folder: Path) -> tuple[dict[str, npt.NDArray[np.int64]], dict[str, Any]] | None:

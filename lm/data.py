@@ -25,9 +25,9 @@ from lm.config import DataConfig
 from lm.corpus import SPLITS, Corpus
 from lm.errors import UserError
 from lm.ngram import KneserNey
-from lm.overlap import RUN, batched, in_train
+from lm.overlap import RUN, in_train
 from lm.spelling import written_nats
-from lm.tables import Record, Records, make_once, number
+from lm.tables import Record, Records, batched, made_once, number
 from lm.vocab import Vocab
 
 BASELINE_ORDER = 5
@@ -196,12 +196,7 @@ def tokenize(corpus: Corpus, config: DataConfig, cache_dir: Path, progress: bool
         settings["bpe_vocab_size"] = config.bpe_vocab_size
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir / f"tokens-{key}"
-    make_once(
-        folder, lambda: _read_cache(folder) is not None, lambda draft: _write_cache(draft, corpus, config, progress)
-    )
-    found = _read_cache(folder)
-    assert found is not None
-    return found
+    return made_once(folder, _read_cache, lambda draft: _write_cache(draft, corpus, config, progress))
 
 
 def _keys_digest(corpus: Corpus) -> str:

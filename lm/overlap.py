@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from lm.corpus import SPLITS, Corpus
-from lm.tables import Record, Records, number
+from lm.tables import Record, Records, batched, number
 
 RUN = 13
 """Words in a row that two texts share by copying rather than by chance.
@@ -87,15 +87,3 @@ def _runs(records: Sequence[Record]) -> tuple[npt.NDArray[np.uint64], npt.NDArra
     owner = np.repeat(np.arange(len(records)), lengths)
     within = np.repeat(np.cumsum(lengths), lengths)[:n] - np.arange(n) >= RUN
     return made[within], owner[:n][within]
-
-
-def batched(records: Iterable[Record], n: int) -> Iterator[list[Record]]:
-    """The records in lists of up to `n`."""
-    part: list[Record] = []
-    for each in records:
-        part.append(each)
-        if len(part) == n:
-            yield part
-            part = []
-    if part:
-        yield part

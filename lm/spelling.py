@@ -14,7 +14,6 @@ its cost is 0.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm.ngram import KneserNey
+from lm.tables import batched
 from lm.vocab import Vocab
 
 _END = 256
@@ -64,8 +64,7 @@ def written_nats(vocab: Vocab, train: Iterable[str], splits: Sequence[Iterable[s
 
 def _forms(vocab: Vocab, records: Iterable[str]) -> Iterator[list[list[tuple[int, str]]]]:
     """Some records at a time, each token with its written form; the first begins with the end of the line before."""
-    records = iter(records)
-    while part := list(itertools.islice(records, _AT_ONCE)):
+    for part in batched(records, _AT_ONCE):
         made: list[list[tuple[int, str]]] = []
         for record, encoded in zip(part, vocab.encode_with_places(part), strict=True):
             forms: list[tuple[int, str]] = []

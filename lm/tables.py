@@ -11,18 +11,21 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
 from lm.errors import UserError
+
+T = TypeVar("T")
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 _ROWS = 1000
@@ -167,14 +170,24 @@ def require_columns(table: Any, columns: Mapping[str, str], where: str) -> None:
             )
 
 
-def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path], None]) -> None:
-    """Have a folder of a cache made, by one process while others wait, and renamed into place when it is complete."""
-    if is_whole():
-        return
+def batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    """The items in lists of up to `n`."""
+    left = iter(items)
+    while part := list(itertools.islice(left, n)):
+        yield part
+
+
+def made_once(folder: Path, read: Callable[[Path], T | None], make: Callable[[Path], None]) -> T:
+    """What `read` finds in a folder of a cache; where that is None it is made first.
+
+    One process makes it while others wait, and renames it into place when it is complete.
+    """
+    if (found := read(folder)) is not None:
+        return found
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if is_whole():
-            return
+        if (found := read(folder)) is not None:
+            return found
         shutil.rmtree(folder, ignore_errors=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
         try:
@@ -182,10 +195,13 @@ def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path],
             draft.chmod(0o755)  # others may share the cache
             draft.rename(folder)
         except OSError:
-            if not is_whole():  # on a host whose locks are not ours another may have put the same there
+            if read(folder) is None:  # on a host whose locks are not ours another may have put the same there
                 raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+    found = read(folder)
+    assert found is not None
+    return found
 
 
 def _datasets() -> Any:
